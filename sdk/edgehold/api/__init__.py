@@ -1,0 +1,1 @@
+"""The contracts: each daemon's messages, states and asynchronous client."""

@@ -1,0 +1,125 @@
+"""What every client command shares: ``--json``, ``--socket``, errors with a cure, tables, exit statuses, completion."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from edgehold.errors import EX_SOFTWARE, EX_USAGE, EdgeholdError
+
+T = TypeVar("T")
+
+
+class Output:
+    """Where results go: a table for people, JSON for machines."""
+
+    def __init__(self, *, as_json: bool, socket: Path) -> None:
+        self.as_json = as_json
+        self.socket = socket
+
+    def show(self, value: Any, text: Callable[[], str]) -> None:
+        """Print ``value`` as JSON where ``--json`` was given, else what ``text`` makes of it."""
+        if self.as_json:
+            import msgspec  # noqa: PLC0415 - only for those who asked
+
+            click.echo(json.dumps(msgspec.to_builtins(value), indent=2))
+        elif line := text():
+            click.echo(line)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns as wide as they need to be; numbers flush right."""
+    cells = [[str(one) for one in row] for row in rows]
+    widths = [max(len(row[n]) for row in [list(header), *cells]) for n in range(len(header))]
+    right = [
+        bool(cells) and all(row[n].replace(".", "", 1).lstrip("-").isdigit() for row in cells)
+        for n in range(len(header))
+    ]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right, strict=True)
+        )
+        for row in [list(header), *cells]
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def client_group(
+    *, default_socket: Path, variable: str, help_text: str
+) -> Callable[[Callable[..., None]], click.Group]:
+    """The top of a client command: options that stand before the subcommand, and the one place where errors end.
+
+    The socket's path can also come from the environment, for a daemon that runs in a private directory.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Group:
+        @click.group(help=help_text, context_settings={"help_option_names": ["-h", "--help"]}, name=function.__name__)
+        @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of a table.")
+        @click.option(
+            "--socket",
+            type=click.Path(path_type=Path),
+            default=default_socket,
+            envvar=variable,
+            show_default=True,
+            show_envvar=True,
+            help="The daemon's socket.",
+        )
+        @click.version_option(package_name="edgehold")
+        @click.pass_context
+        def group(context: click.Context, *, as_json: bool, socket: Path) -> None:
+            context.obj = Output(as_json=as_json, socket=socket)
+
+        return group
+
+    return decorate
+
+
+def completion_command(group: click.Group, program: str) -> None:
+    """Add ``completion SHELL``, which prints the script that the shell evaluates."""
+
+    @group.command("completion")
+    @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+    def completion(shell: str) -> None:
+        """Print shell completion; e.g. put  eval "$(PROGRAM completion bash)"  into ~/.bashrc."""
+        from click.shell_completion import get_completion_class  # noqa: PLC0415 - rare
+
+        kind = get_completion_class(shell)
+        if kind is not None:
+            click.echo(kind(group, {}, program, f"_{program.upper()}_COMPLETE").source())
+
+
+def wait_for(work: Coroutine[Any, Any, T]) -> T:
+    """Run a command's asynchronous part."""
+    return asyncio.run(work)
+
+
+def main(group: click.Group, program: str) -> None:
+    """Run a client command: an `EdgeholdError` becomes one line on stderr and its exit status.
+
+    0: done. 1: refused or failed. 64: wrong usage. 75: try again later. 77: not permitted. 130: interrupted.
+    """
+    try:
+        status = group.main(prog_name=program, standalone_mode=False)
+        if isinstance(status, int):  # --help, --version and context.exit() end so
+            sys.exit(status)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EX_USAGE if isinstance(error, click.UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except EdgeholdError as error:
+        again = " (it may work later)" if error.retryable else ""
+        click.echo(f"{program}: {error.code}: {error.message}{again}", err=True)
+        sys.exit(error.exit_status)
+    except BrokenPipeError:
+        # The reader of our output left (`| head`): nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(EX_SOFTWARE)

@@ -1,0 +1,140 @@
+"""The run loop of every daemon: signals, readiness, the watchdog's heartbeat, one owner of all tasks, a bounded stop.
+
+A daemon is an async context manager: entering it makes it ready, leaving it drains it. Whatever runs in between is
+spawned on the `Runtime`, and a task that ends is a fault of the whole: the process exits and systemd restarts it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from edgehold.clock import Clock, SystemClock
+from edgehold.errors import EX_CONFIG, EX_SOFTWARE, EdgeholdError, SettingsError
+from edgehold.systemd.notify import Notifier
+
+log = logging.getLogger(__name__)
+
+Lifespan = Callable[["Runtime"], contextlib.AbstractAsyncContextManager[None]]
+
+
+class Runtime:
+    """What a daemon gets: a clock, and an owner for its tasks."""
+
+    def __init__(self, name: str, *, clock: Clock | None = None) -> None:
+        self.name = name
+        self.clock = clock or SystemClock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._reload: list[Callable[[], None]] = []
+        self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def spawn(self, coro: Coroutine[Any, Any, Any], *, name: str) -> asyncio.Task[Any]:
+        """Run a task for the daemon's whole life. If it ends before the stop, the daemon exits with status 70."""
+        task = asyncio.create_task(coro, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def on_reload(self, callback: Callable[[], None]) -> None:
+        """Call it on SIGHUP; an `EdgeholdError` that it raises is logged and the old settings stay."""
+        self._reload.append(callback)
+
+    def stop(self, status: int = 0) -> None:
+        """Begin the stop, with the process' exit status."""
+        if not self._ended.done():
+            self._ended.set_result(status)
+
+    async def wait(self) -> int:
+        """Until a stop is asked for; the exit status."""
+        return await asyncio.shield(self._ended)
+
+    async def cancel_tasks(self) -> None:
+        """Cancel what was spawned, and wait for it."""
+        for task in list(self._tasks):
+            task.remove_done_callback(self._task_done)
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    def reload(self) -> None:
+        """What SIGHUP does."""
+        for callback in self._reload:
+            try:
+                callback()
+            except EdgeholdError as error:
+                log.error("reload refused, the old settings stay: %s", error)  # noqa: TRY400 - the text is the message
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        log.critical("the task %r ended; the daemon can't go on", task.get_name(), exc_info=error)
+        self.stop(EX_SOFTWARE)
+
+
+@contextlib.asynccontextmanager
+async def _signals(runtime: Runtime) -> AsyncIterator[None]:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, runtime.stop)
+    loop.add_signal_handler(signal.SIGHUP, runtime.reload)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.remove_signal_handler(number)
+
+
+async def _heartbeat(notifier: Notifier, every_s: float) -> None:
+    while True:
+        notifier.watchdog()
+        await asyncio.sleep(every_s)
+
+
+async def _serve(name: str, lifespan: Lifespan, notifier: Notifier, drain_s: float) -> int:
+    runtime = Runtime(name)
+    async with _signals(runtime):
+        alive = lifespan(runtime)
+        await alive.__aenter__()
+        if notifier.watchdog_s is not None:
+            runtime.spawn(_heartbeat(notifier, notifier.watchdog_s), name="watchdog")
+        notifier.ready()
+        log.info("ready")
+        status = await runtime.wait()
+        notifier.stopping()
+        log.info("stopping")
+        drain = asyncio.create_task(_drain(runtime, alive), name="drain")
+        # Not asyncio.timeout: it would wait for a task that swallows its cancellation.
+        if not (await asyncio.wait({drain}, timeout=drain_s))[0]:
+            # Crash-only: what did not end in time is ended, and the next start finds the right state in the journal.
+            log.critical("not drained within %g s, ending by force", drain_s)
+            logging.shutdown()
+            os._exit(EX_SOFTWARE)
+        await drain
+        return status
+
+
+async def _drain(runtime: Runtime, alive: contextlib.AbstractAsyncContextManager[None]) -> None:
+    await alive.__aexit__(None, None, None)
+    await runtime.cancel_tasks()
+
+
+def run(name: str, lifespan: Lifespan, *, drain_s: float = 10.0) -> int:
+    """Run a daemon until it is told to stop. Returns the process' exit status.
+
+    0: stopped by SIGTERM or SIGINT. 70: a task died. 78: the settings are wrong (a unit does not restart on it).
+    1: it could not start for another reason that a person can act on.
+    """
+    try:
+        return asyncio.run(_serve(name, lifespan, Notifier(), drain_s))
+    except SettingsError as error:
+        print(f"{name}: {error}", file=sys.stderr)  # noqa: T201 - systemctl status shows the last line of stderr
+        return EX_CONFIG
+    except EdgeholdError as error:
+        log.critical("can't start: %s", error)
+        return 1

@@ -1,0 +1,1 @@
+"""What a daemon says to, and is given by, the service manager."""

@@ -1,0 +1,115 @@
+"""HTTP for daemons: an aiohttp application with our errors, roles, health and metrics, served on a unix socket."""
+
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from edgehold.errors import EdgeholdError, NotFoundError
+from edgehold.wire.control import bind_unix
+from edgehold.wire.peer import Peer, Role, Roles, peer_of, require
+
+MAX_BODY_BYTES = 64 * 1024
+
+PEER: web.RequestKey[Peer] = web.RequestKey("peer", Peer)
+Health = Callable[[], None]
+Route = tuple[str, str, Callable[[web.Request], Awaitable[web.StreamResponse]]]
+
+_STATUS = {
+    "bad-request": 400,
+    "denied": 403,
+    "not-found": 404,
+    "bad-state": 409,
+    "no-capacity": 409,
+    "failed": 502,
+    "unsupported": 501,
+    "timeout": 504,
+    "unavailable": 503,
+}
+
+
+def answer(value: object, *, status: int = 200) -> web.Response:
+    """A JSON answer."""
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
+
+
+def refusal(error: EdgeholdError, *, status: int | None = None) -> web.Response:
+    """An error as its wire form, with the HTTP status that fits its code."""
+    return answer(error.to_wire(), status=status or _STATUS.get(error.code, 500))
+
+
+def application(
+    routes: Iterable[Route], *, roles: Roles, registry: CollectorRegistry, health: Health
+) -> web.Application:
+    """An application with ``/healthz`` and ``/metrics`` beside the daemon's own routes.
+
+    GET and HEAD need the role read, everything else operate; ``/healthz`` only the socket's file mode. ``health``
+    raises an `EdgeholdError` that says what is wrong, or returns.
+    """
+
+    @web.middleware
+    async def boundary(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        try:
+            connection = request.get_extra_info("socket")
+            if connection is not None and connection.family == socket.AF_UNIX and request.path != "/healthz":
+                peer = peer_of(connection)
+                request[PEER] = peer
+                needed = Role.READ if request.method in {"GET", "HEAD"} else Role.OPERATE
+                require(roles.role_of(peer), needed, f"{request.method} {request.path}")
+            return await handler(request)
+        except EdgeholdError as error:
+            return refusal(error)
+        except web.HTTPException as error:
+            code = {404: "not-found", 405: "bad-request"}.get(error.status, "bad-request")
+            text = f"{request.method} {request.path[:200]}: {error.reason}"
+            return refusal(EdgeholdError(text, code=code), status=error.status)
+
+    async def healthz(_request: web.Request) -> web.Response:
+        health()
+        return web.Response(text="ok\n")
+
+    async def metrics(request: web.Request) -> web.Response:
+        encoder, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encoder(registry), headers={"Content-Type": content_type})
+
+    app = web.Application(middlewares=[boundary], client_max_size=MAX_BODY_BYTES)
+    app.router.add_get("/healthz", healthz)
+    app.router.add_get("/metrics", metrics)
+    for method, path, handler in routes:
+        app.router.add_route(method, path, handler)
+    return app
+
+
+def number(request: web.Request, name: str) -> int:
+    """A number from the path.
+
+    Raises:
+        NotFoundError: it is none, so nothing has that name.
+    """
+    text = request.match_info[name]
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise NotFoundError(f"{name} {text[:40]!r}: not a number")
+    return int(text)
+
+
+@contextlib.asynccontextmanager
+async def serve(app: web.Application, listener: socket.socket | Path, *, mode: int = 0o660) -> AsyncIterator[None]:
+    """Serve the application on a listening socket, or on a unix socket made at the path, until the block ends."""
+    sock = bind_unix(listener, mode=mode) if isinstance(listener, Path) else listener
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=2.0)
+    await runner.setup()
+    try:
+        await web.SockSite(runner, sock).start()
+        yield
+    finally:
+        await runner.cleanup()
+        sock.close()
+        if isinstance(listener, Path):
+            listener.unlink(missing_ok=True)  # noqa: ASYNC240 - a name in a tmpfs, at the very end
