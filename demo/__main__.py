@@ -24,11 +24,19 @@ GUEST = ROOT / "build/guest/amd64"
 REPORT = ROOT / "build/demo/report.html"
 CMDLINE = "console=ttyS0 quiet no_timer_check tsc=reliable edgehold.job_ms=10 edgehold.period_ms=100"
 PERIOD_MS, FIRST_BUDGET_MS = 100, 2
+SUSPENDED_S = 3.0
 HEADER = f"{'time':>7}  {'budget':>9}  {'executed':>9}  {'waited':>9}  {'response':>10}   per period of {PERIOD_MS} ms"
 
 
 class Failed(Exception):  # noqa: N818 - a condition, not a fault
     """A condition without which the rest makes no sense."""
+
+
+def say(story: Story, name: str, detail: str, *, good: bool) -> None:
+    """Record one step, and tell whoever watches."""
+    at_s = (time.monotonic_ns() - story.started_ns) / NS_PER_S
+    story.steps.append(Step(name, detail, good, at_s))
+    print(f"{'  ok  ' if good else 'FAILED'} {at_s:6.1f} s  {name}: {detail}", flush=True)
 
 
 class Demo:
@@ -44,9 +52,7 @@ class Demo:
 
     def step(self, name: str, detail: str, *, good: bool, fatal: bool = False) -> None:
         """Record and say one step."""
-        at_s = (time.monotonic_ns() - self.story.started_ns) / NS_PER_S
-        self.story.steps.append(Step(name, detail, good, at_s))
-        print(f"{'  ok  ' if good else 'FAILED'} {at_s:6.1f} s  {name}: {detail}", flush=True)
+        say(self.story, name, detail, good=good)
         if fatal and not good:
             raise Failed(name)
 
@@ -133,7 +139,7 @@ class Demo:
 
     def settled(self, name: str, *, good: bool, more: str = "") -> None:
         """The condition of a steady reservation: response about the need, budget a little above it."""
-        if len(self.story.samples) < 2 or not self.story.jobs:
+        if not self.story.samples or not self.story.jobs or not self.story.need_ms():
             self.step(name, "there was nothing to see", good=False, fatal=True)
         need, response = self.story.need_ms(), self.story.last_response_ms()
         budget = self.story.samples[-1].budget_ns / NS_PER_MS
@@ -149,9 +155,9 @@ class Demo:
         status = await self.vmand.status(self.partition)
         await asyncio.sleep(0.2)  # what the guest had printed before is on its way
         quiet_from = len(self.story.jobs)
-        await self.watch(attachment, 2)
+        await self.watch(attachment, SUSPENDED_S, at_least=SUSPENDED_S)
         still = len(self.story.jobs) - quiet_from
-        self.step("suspend", f"{status.state}; the guest printed {still} lines in 2 s",
+        self.step("suspend", f"{status.state}; the guest printed {still} lines in {SUSPENDED_S:g} s",
                   good=status.state is State.SUSPENDED and still == 0)  # fmt: skip
         self.story.marks.append((time.monotonic_ns(), "restored"))
         await self.vmand.restore(self.partition)
@@ -204,7 +210,7 @@ async def node(directory: Path) -> AsyncIterator[tuple[VmandClient, DeadlinedCli
         "memory_dir": str(Path("/dev/shm") / directory.name),  # noqa: S108 - vmand makes it, 0700
     })  # fmt: skip
     deadlined = Daemon("deadlined", directory=directory, settings={
-        "runtime_dir": str(directory / "dl"), "state_dir": str(directory / "dl-state"),
+        "socket": str(directory / "dl.sock"), "state_dir": str(directory / "dl-state"),
         "vmand_socket": str(directory / "vm/control.sock"),
     })  # fmt: skip
     try:
@@ -212,7 +218,7 @@ async def node(directory: Path) -> AsyncIterator[tuple[VmandClient, DeadlinedCli
         await deadlined.start()
         async with (
             await VmandClient.connect(directory / "vm/control.sock") as vmand_client,
-            DeadlinedClient(directory / "dl/api.sock") as deadlined_client,
+            DeadlinedClient(directory / "dl.sock") as deadlined_client,
         ):
             yield vmand_client, deadlined_client
     finally:
@@ -253,13 +259,11 @@ async def main() -> int:
                     await asyncio.gather(listening, return_exceptions=True)
         except (EdgeholdError, Failed) as error:
             if not isinstance(error, Failed):
-                story.steps.append(Step("the next step", str(error), good=False, at_s=0))
+                say(story, "the next step", str(error), good=False)
             print(f"demo: stopped: {error}", file=sys.stderr)
         left = await settled_traces(before, directory)
-        at_s = (time.monotonic_ns() - story.started_ns) / NS_PER_S
-        story.steps.append(
-            Step("nothing is left behind", "; ".join(left) or "no thread, process, cgroup or bandwidth", not left, at_s)
-        )
+        seen = "; ".join(left) or f"no thread, process or cgroup; {before.capacity:.2f} CPUs can be reserved as before"
+        say(story, "nothing is left behind", seen, good=not left)
     report.write(story, REPORT)
     failed = [step for step in story.steps if not step.good]
     for step in failed:

@@ -80,6 +80,6 @@ class Story:
         """Whether the last jobs answer in about what they execute, and the budget is a little above the need."""
         if len(self.samples) < STEADY_CYCLES or len(self.jobs) < STEADY_JOBS:
             return False
-        low, high = BUDGET_OVER_NEED
-        ratio = self.samples[-1].budget_ns / NS_PER_MS / self.need_ms()
-        return self.last_response_ms() <= RESPONSE_OVER_NEED * self.need_ms() and low <= ratio <= high
+        low, high = (bound * self.need_ms() * NS_PER_MS for bound in BUDGET_OVER_NEED)
+        fits = all(low <= sample.budget_ns <= high for sample in self.samples[-STEADY_CYCLES // 2 :])
+        return fits and self.last_response_ms() <= RESPONSE_OVER_NEED * self.need_ms()

@@ -26,10 +26,11 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
     cli.completion_command(xctl, "xctl")
     monkeypatch.setattr(sys, "argv", ["xctl", *arguments])
-    with pytest.raises(SystemExit) as leave:
+    try:
         cli.main(xctl, "xctl")
-        sys.exit(0)
-    return int(leave.value.code or 0)
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else 1
+    return 0
 
 
 def test_both_spellings_and_both_outputs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

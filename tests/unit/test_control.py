@@ -180,6 +180,19 @@ async def test_events_reach_the_subscriber_in_order(tmp_path: Path, daemon: Daem
     await client.close()
 
 
+async def test_events_that_nobody_reads_end_the_conversation(
+    tmp_path: Path, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "MAX_EVENTS_UNREAD", 3)
+    client = await ControlClient.connect(tmp_path / "s")
+    await client.call("subscribe")
+    for number in range(4):
+        daemon.subscribers[0].send_event("tick", number)
+    with pytest.raises(UnavailableError, match="3 events came that nobody read"):
+        await client.call("wait")
+    await client.close()
+
+
 @pytest.mark.usefixtures("daemon")
 async def test_client_gives_up_after_its_timeout(tmp_path: Path) -> None:
     client = await ControlClient.connect(tmp_path / "s")

@@ -197,12 +197,16 @@ class VmandClient:
         """What this host can give."""
         return msgspec.convert(await self._control.call("capabilities"), Capabilities, strict=False)
 
-    async def subscribe(self, partition: int | None = None, *, console: bool = False) -> None:
-        """Ask for events of one or all partitions on this conversation; read them with `events`."""
+    async def subscribe(self, partition: int | None = None, *, console: bool = False) -> str:
+        """Ask for events of one or all partitions on this conversation; read them with `events`.
+
+        Returns the console's last output where the console of one partition was asked for: what it prints after that
+        comes as events, so nothing is lost or doubled between the two.
+        """
         args: dict[str, Any] = {"console": console}
         if partition is not None:
             args["id"] = partition
-        await self._control.call("subscribe", args)
+        return str(_field(await self._control.call("subscribe", args), "text"))
 
     async def events(self) -> AsyncIterator[Event]:
         """Events as they come, after `subscribe`; ends with `UnavailableError` when vmand goes away."""
@@ -229,5 +233,7 @@ async def wait_for_state(client: VmandClient, partition: int, state: State, *, t
             return current
         async for event in client.events():
             if event.partition == partition and event.state is state:
-                break
-        return await client.status(partition)
+                current = await client.status(partition)
+                if current.state is state:  # an event may be older than this call
+                    return current
+        return current  # pragma: no cover - events() ends by raising

@@ -18,7 +18,7 @@ import threading
 from dataclasses import asdict, dataclass
 
 from edgehold.errors import EdgeholdError, FailedError
-from edgehold.kernel import sched
+from edgehold.kernel import native, procfs, sched
 from edgehold.kernel.sched import Policy, SchedAttr
 
 # A long period keeps the smallest share (RESOLUTION x 1 s = 0.5 ms) above what the search itself executes, so that no
@@ -62,10 +62,24 @@ class _Prober(threading.Thread):
             self.asked.set()
             self.leave.wait()
             if sched.get().policy is Policy.DEADLINE:
-                # Raising did not refill the budget, so the whole share would come back up to a period later; a
-                # decrease counts at once, and what is left to come back is nothing.
-                sched.set_attr(0, sched.SMALLEST)
-                sched.restore(0, before)
+                _give_back(before)
+
+
+def _give_back(before: SchedAttr) -> None:
+    """Leave SCHED_DEADLINE so that the whole share is free at once.
+
+    Raising did not refill the budget, so a plain change of policy would give the share back up to a period later. A
+    decrease counts at once, but a thread that sleeps with the smallest reservation wakes up throttled for four
+    seconds, and between two calls from Python it sleeps until it has the interpreter again: so both in one call.
+    """
+    stat_fd = procfs.open_thread(threading.get_native_id(), "stat")
+    smallest = sched.to_raw(sched.SMALLEST)
+    try:
+        native.sched_leave(
+            0, stat_fd, if_asleep=smallest, if_running=smallest, wanted=sched.to_raw(sched.without_slice(before))
+        )
+    finally:
+        os.close(stat_fd)
 
 
 def _take() -> float:

@@ -1,10 +1,10 @@
 """Runs a real daemon in a private directory: for tests and for the demo. Ends only the process that it started.
 
-    with private_directory() as directory:
-        daemon = Daemon("vmand", directory=directory, settings={"runtime_dir": str(directory / "run")})
-        await daemon.start()
-        …
-        await daemon.stop()
+with private_directory() as directory:
+    daemon = Daemon("vmand", directory=directory, settings={"runtime_dir": str(directory / "run")})
+    await daemon.start()
+    …
+    await daemon.stop()
 """
 
 import asyncio
@@ -36,7 +36,7 @@ def toml(settings: Mapping[str, Any], prefix: str = "") -> str:
 @contextlib.contextmanager
 def private_directory(prefix: str = "eh-") -> Iterator[Path]:
     """A new directory, mode 0700, with a path short enough for unix sockets in it (107 bytes); removed at the end."""
-    path = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))  # noqa: S108 - mkdtemp makes it 0700; TMPDIR may be long
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))  # not TMPDIR, which may be long
     try:
         yield path
     finally:
@@ -119,7 +119,7 @@ class Daemon:
             said = asyncio.create_task(self._wait_ready(ready))
             ended = asyncio.create_task(_ended(process.pid))
             await asyncio.wait({said, ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            good = said.done()
+            good = said.done() and said.exception() is None and not ended.done()
             for task in (said, ended):
                 task.cancel()
             await asyncio.gather(said, ended, return_exceptions=True)
@@ -181,11 +181,16 @@ class Daemon:
 async def _ended(pid: int) -> None:
     """Until a child that nobody has waited for yet ends (pidfd_open(2): readable then)."""
     loop = asyncio.get_running_loop()
-    done = loop.create_future()
+    done: asyncio.Future[None] = loop.create_future()
     fd = os.pidfd_open(pid)
-    loop.add_reader(fd, lambda: done.done() or done.set_result(None))
+    loop.add_reader(fd, _set, done)
     try:
         await done
     finally:
         loop.remove_reader(fd)
         os.close(fd)
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -189,7 +189,7 @@ class ControlClient:
         self._path = socket_path
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._events: deque[tuple[str, Any]] = deque(maxlen=MAX_EVENTS_UNREAD)
+        self._events: deque[tuple[str, Any]] = deque()
         self._event = asyncio.Event()
         self._gone: EdgeholdError | None = None
         self._task = asyncio.create_task(self._read(), name=f"control client {socket_path}")
@@ -263,6 +263,9 @@ class ControlClient:
             while line := await self._reader.readline():
                 answer = decode_answer(line)
                 if "event" in answer:
+                    if len(self._events) >= MAX_EVENTS_UNREAD:
+                        reason = f"{MAX_EVENTS_UNREAD} events came that nobody read"
+                        break
                     self._events.append((str(answer["event"]), answer.get("data")))
                     self._event.set()
                 elif (future := self._waiting.get(answer.get("id", 0))) is not None and not future.done():

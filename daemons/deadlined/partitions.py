@@ -1,0 +1,158 @@
+"""The vCPU threads of vmand's partitions: one conversation for all of them, kept open while any is attached.
+
+While vmand is away the last threads stay known and held: a guest outlives vmand, and so must its reservation. When it
+is back, everything is asked anew.
+"""
+
+import asyncio
+import contextlib
+import logging
+from pathlib import Path
+
+from edgehold.api.vmand import Mode, VmandClient
+from edgehold.errors import DeniedError, EdgeholdError, NotFoundError, UnavailableError
+from edgehold.kernel import procfs
+from edgehold.kernel.procfs import GoneError
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 1.0
+# Events tell what changes; this only heals what an event could miss.
+_REFRESH_S = 5.0
+
+
+class PartitionSource:
+    """One partition's vCPU threads, as vmand told last."""
+
+    def __init__(self, partition: int, link: "VmandLink") -> None:
+        self.partition = partition
+        self.over = ""
+        self.reason = ""
+        self._tids: tuple[int, ...] = ()
+        self._link = link
+
+    def tids(self) -> tuple[int, ...]:
+        return self._tids
+
+    def forget(self, tid: int) -> None:
+        self._tids = tuple(one for one in self._tids if one != tid)
+
+    def close(self) -> None:
+        self._link.drop(self)
+
+    async def refresh(self, vmand: VmandClient) -> None:
+        """Ask vmand.
+
+        Raises:
+            DeniedError: a dedicated partition: its vCPUs are pinned.
+            NotFoundError: no such partition (any more).
+            EdgeholdError: as vmand answered.
+        """
+        status = await vmand.status(self.partition)
+        if status.mode is Mode.DEDICATED:
+            raise DeniedError(
+                f"partition {self.partition} is dedicated: its vCPUs are pinned to cores of their own, where they need "
+                "no reservation, and the kernel gives none to a pinned thread (EPERM). Create it with mode shared to "
+                "size it by deadlined"
+            )
+        vcpus = await vmand.vcpus(self.partition)
+        self._tids = tuple(vcpu.tid for vcpu in vcpus if status.pid is None or _belongs(vcpu.tid, status.pid))
+        self.reason = "" if self._tids else f"partition {self.partition} is {status.state.value}: no vCPU runs"
+
+    def away(self, error: EdgeholdError) -> None:
+        """vmand does not answer."""
+        kept = "its last known threads are kept" if self._tids else "no thread is known"
+        self.reason = f"vmand is away ({error.message}); {kept} until it is back"
+
+
+def _belongs(tid: int, pid: int) -> bool:
+    """Whether the thread is one of the guest's process: an id that vmand remembers may be another's by now."""
+    try:
+        return procfs.process_of(tid) == pid
+    except GoneError:
+        return False
+
+
+class VmandLink:
+    """Keeps every `PartitionSource` up to date. `run` is the task that does it."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+        self._sources: set[PartitionSource] = set()
+        self._wanted = asyncio.Event()
+        self._away = False
+
+    async def open(self, partition: int) -> PartitionSource:
+        """A source for a partition, asked once over a conversation of its own so that the answer is the caller's.
+
+        Raises:
+            UnavailableError: vmand is away.
+            EdgeholdError: as `PartitionSource.refresh`.
+        """
+        source = PartitionSource(partition, self)
+        async with await VmandClient.connect(self._socket) as vmand:
+            await source.refresh(vmand)
+        self._sources.add(source)
+        self._wanted.set()
+        return source
+
+    def drop(self, source: PartitionSource) -> None:
+        """Not needed any more."""
+        self._sources.discard(source)
+        if not self._sources:
+            self._wanted.clear()
+
+    async def run(self) -> None:
+        """For ever: connect while somebody is interested, follow the events, come back when vmand does."""
+        while True:
+            await self._wanted.wait()
+            try:
+                async with await VmandClient.connect(self._socket) as vmand:
+                    await self._follow(vmand)
+            except EdgeholdError as error:
+                if not self._away:
+                    log.warning("vmand is away: %s", error)
+                    self._away = True
+                for source in self._sources:
+                    source.away(error)
+                await asyncio.sleep(_RETRY_S)
+
+    async def _follow(self, vmand: VmandClient) -> None:
+        """Until nobody is interested; raises what vmand's going away raises."""
+        await vmand.subscribe()
+        changed = asyncio.Event()
+        reader = asyncio.create_task(self._events(vmand, changed), name="vmand events")
+        try:
+            while self._sources:
+                changed.clear()
+                for source in list(self._sources):
+                    await self._refresh(source, vmand)
+                if self._away:
+                    log.info("vmand is back")
+                    self._away = False
+                if reader.done():
+                    reader.result()
+                    raise UnavailableError(f"{self._socket}: the events ended")
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_REFRESH_S):
+                        await changed.wait()
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _events(self, vmand: VmandClient, changed: asyncio.Event) -> None:
+        try:
+            async for event in vmand.events():
+                if event.kind != "console":
+                    changed.set()
+        finally:
+            changed.set()
+
+    @staticmethod
+    async def _refresh(source: PartitionSource, vmand: VmandClient) -> None:
+        try:
+            await source.refresh(vmand)
+        except NotFoundError:
+            source.over = f"partition {source.partition} was destroyed"
+        except DeniedError as error:
+            source.over = error.message  # the id belongs to a dedicated partition now

@@ -1,0 +1,1 @@
+"""vmand: hard partitions. Owns cores, memory and the guest of each partition; `edgehold.api.vmand` is its contract."""

@@ -1,0 +1,149 @@
+"""The daemon: settings, directories, recovery, then the control socket."""
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+from edgehold import settings
+from edgehold.errors import SettingsError, UnavailableError
+from edgehold.service import Runtime, run
+from edgehold.systemd import activation, journal
+from edgehold.wire.control import ControlServer, bind_unix
+from edgehold.wire.peer import Roles
+from vmand.api import Api
+from vmand.backend.qemu import QemuBackend, pool_cores
+from vmand.config import Config
+from vmand.model import GIB
+from vmand.recovery import recover
+from vmand.service import Service
+from vmand.store import Store
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """``vmand [--config FILE] [--check-config]``."""
+    parser = argparse.ArgumentParser(prog="vmand", description="Hard partitions on this host.")
+    parser.add_argument("--config", type=Path, help="settings (default: /etc/edgehold/vmand.toml, where it exists)")
+    parser.add_argument("--check-config", action="store_true", help="read and check the settings, then leave")
+    options = parser.parse_args()
+    try:
+        config = settings.load(Config, "vmand", path=options.config)
+        config.check()
+        pool = _pool(config)
+        roles = Roles.from_groups(read=config.access.read, operate=config.access.operate)
+    except SettingsError as error:
+        print(f"vmand: {error}", file=sys.stderr)  # noqa: T201 - there is no logging yet
+        sys.exit(error.exit_status)
+    if options.check_config:
+        print("vmand: the settings are good")  # noqa: T201 - what --check-config is for
+        return
+    journal.setup("vmand", config.log_level)
+    sys.exit(run("vmand", lambda runtime: _alive(runtime, config, pool, roles)))
+
+
+def _pool(config: Config) -> frozenset[int]:
+    try:
+        return pool_cores(config)
+    except ValueError as error:
+        raise SettingsError(f"pool.cores: {error}") from None
+
+
+@contextlib.asynccontextmanager
+async def _alive(runtime: Runtime, config: Config, pool: frozenset[int], roles: Roles) -> AsyncIterator[None]:
+    async with contextlib.AsyncExitStack() as stack:
+        passed = activation.listen_sockets()
+        for directory in (config.runtime, Path(config.state_dir), config.memory):
+            stack.enter_context(_owned(directory, mode=0o755 if directory == config.runtime else 0o700))
+        store = stack.enter_context(contextlib.closing(Store(config.journal)))
+        service = Service(
+            backend=QemuBackend(config, pool=pool),
+            store=store,
+            clock=runtime.clock,
+            pool=pool,
+            max_partitions=config.limits.partitions,
+            memory_limit=int(config.pool.memory_gib * GIB),
+            shutdown_timeout_s=config.shutdown_timeout_s,
+            on_fault=lambda: runtime.stop(70),
+        )
+        stack.push_async_callback(service.close)
+        await recover(service)
+        api = Api(service, image_limit_mib=config.limits.image_mib, host_cores=os.cpu_count() or 1)
+        # Where somebody looks at guests the answer is needed soon; trying takes seconds and must not delay the start.
+        service.spawn(service.backend.host(), "which accelerator")
+        listeners = passed.get("control", [])
+        server = ControlServer(api.handle, roles=roles)
+        for listener in listeners or [bind_unix(config.control_socket, mode=_socket_mode(roles))]:
+            await server.listen(listener)
+        stack.push_async_callback(server.close)
+        if config.http:
+            runtime.spawn(_http(service, api, roles, config.http_socket), name="http")
+        yield
+
+
+def _socket_mode(roles: Roles) -> int:
+    """Where groups have roles anybody may connect, and the roles decide."""
+    return 0o666 if roles.read or roles.operate else 0o600
+
+
+@contextlib.contextmanager
+def _owned(directory: Path, *, mode: int) -> Iterator[None]:
+    """The directory, made if it is missing, and ours alone: what is unknown in it will be removed.
+
+    Raises:
+        UnavailableError: another vmand has it, or it can't be made.
+    """
+    try:
+        directory.mkdir(mode=mode, parents=True, exist_ok=True)
+        fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UnavailableError(f"{directory}: {error.strerror}", retryable=False) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UnavailableError(f"{directory}: another vmand uses it; each needs directories of its own") from None
+    finally:
+        os.close(fd)
+
+
+async def _http(service: Service, api: Api, roles: Roles, path: Path) -> None:
+    """Serve health and metrics. The HTTP server costs 17 MB of memory: it is loaded when somebody first asks."""
+    loop = asyncio.get_running_loop()
+    listener = bind_unix(path, mode=_socket_mode(roles))
+    try:
+        await _readable(loop, listener)
+        from edgehold.wire import http  # noqa: PLC0415 - see above
+        from vmand.metrics import registry  # noqa: PLC0415
+
+        app = http.application([], roles=roles, registry=registry(service, api), health=lambda: None)
+        async with http.serve(app, listener):
+            await asyncio.Event().wait()
+    finally:
+        listener.close()
+        path.unlink(missing_ok=True)  # noqa: ASYNC240 - one unlink in /run at the very end
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(listener, _set, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(listener)
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+if __name__ == "__main__":
+    main()

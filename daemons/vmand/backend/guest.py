@@ -1,0 +1,163 @@
+"""One running QEMU: its process, its monitor and its console, held together."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from edgehold.api.vmand import Vcpu
+from edgehold.errors import EdgeholdError, FailedError
+from vmand.backend import Finding
+from vmand.backend.command import CONSOLE, LOG, MONITOR
+from vmand.backend.console import Console
+from vmand.backend.launcher import Process, last_line
+from vmand.backend.qmp import CONNECTED, REASONS, Monitor
+from vmand.model import Found, Record
+
+log = logging.getLogger(__name__)
+
+_QUIT_S = 1.0
+# Events that may change what the guest does; whoever hears of one looks.
+_TELLING = frozenset({CONNECTED, "SHUTDOWN", "STOP", "RESUME", "GUEST_PANICKED"})
+
+
+class Guest:
+    """Made for a process that runs already; everything else connects in the background."""
+
+    def __init__(
+        self,
+        record: Record,
+        process: Process,
+        directory: Path,
+        *,
+        qmp_timeout_s: float,
+        changed: Callable[[], None],
+        output: Callable[[str], None],
+    ) -> None:
+        self.run = record.run
+        self.process = process
+        self._directory = directory
+        self._changed = changed
+        self._off = asyncio.Event()
+        who = f"partition {record.id}"
+        self.console = Console(directory / CONSOLE, output, who=who)
+        self.monitor = Monitor(directory / MONITOR, who=who, timeout_s=qmp_timeout_s, on_event=self._event)
+        process.on_end(self._ended)
+
+    async def connect(self, timeout_s: float) -> None:
+        """Wait for monitor and console of a QEMU that has just been started.
+
+        Raises:
+            FailedError: it ended instead; the text has the last line of its log.
+            TimedOutError: it did not come up in time.
+        """
+
+        async def both() -> None:
+            await self.monitor.wait_connected(timeout_s)
+            await self.console.wait_connected(timeout_s)
+
+        up, ended = asyncio.create_task(both()), asyncio.create_task(self.process.wait())
+        try:
+            await asyncio.wait({up, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                raise FailedError(f"QEMU did not start: {self.cause}")
+            await up
+        finally:
+            for task in (up, ended):
+                task.cancel()
+            await asyncio.gather(up, ended, return_exceptions=True)
+
+    @property
+    def cause(self) -> str:
+        """How the process ended."""
+        return f"{self.process.cause}{last_line(self._directory / LOG)}"
+
+    async def look(self) -> Finding:
+        """What the guest does now.
+
+        Raises:
+            TimedOutError: QEMU does not say so in time.
+        """
+        if self.process.ended:
+            return Finding(found=Found.GONE, reason=self.cause)
+        try:
+            found, word = await self.monitor.status()
+        except EdgeholdError:
+            if await self.process.wait(0.2):  # its monitor closed because it died
+                return Finding(found=Found.GONE, reason=self.cause)
+            raise
+        if found is None:
+            raise FailedError(f"QEMU is in the state {word}, which vmand does not know")
+        return Finding(found=found, reason=REASONS.get(word, ""))
+
+    async def vcpus(self) -> list[Vcpu]:
+        """The vCPUs' threads. Where one thread runs several vCPUs it is named once."""
+        seen: set[int] = set()
+        found = []
+        for one in await self.monitor.call("query-cpus-fast"):
+            tid = int(one["thread-id"])
+            if tid not in seen:
+                seen.add(tid)
+                found.append(Vcpu(index=int(one["cpu-index"]), tid=tid))
+        return sorted(found, key=lambda one: one.index)
+
+    async def pin(self, cpus: Collection[int]) -> None:
+        """vCPU n to the n-th of these cores. QEMU's other threads stay where they were started.
+
+        Raises:
+            FailedError: the kernel refused, or QEMU has another number of vCPUs.
+        """
+        vcpus = await self.vcpus()
+        if len(vcpus) != len(cpus):
+            raise FailedError(f"QEMU has {len(vcpus)} vCPU threads for {len(cpus)} cores; they can't be pinned 1:1")
+        for vcpu, cpu in zip(vcpus, sorted(cpus), strict=True):
+            try:
+                os.sched_setaffinity(vcpu.tid, {cpu})
+            except OSError as error:
+                raise FailedError(f"vCPU {vcpu.index} can't be pinned to core {cpu}: {error.strerror}") from error
+
+    async def wait_off(self, timeout_s: float) -> bool:
+        """Until the guest is off or the process has ended."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._off.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def end(self) -> None:
+        """End the process by force.
+
+        Raises:
+            TimedOutError: even SIGKILL did not end it.
+        """
+        if not self.process.ended:
+            try:
+                async with asyncio.timeout(_QUIT_S):
+                    await self.monitor.call("quit")  # lets QEMU close disks in order
+                    await self.process.wait()
+            except (TimeoutError, EdgeholdError) as error:
+                log.debug("QEMU does not quit: %s", error)
+        await self.process.kill()
+        await self.console.drain(_QUIT_S)
+        await self.close()
+
+    async def close(self) -> None:
+        """Let go of the process; it lives on."""
+        await self.monitor.close()
+        await self.console.close()
+        self.process.close()
+
+    def _event(self, name: str, data: dict[str, Any]) -> None:
+        log.debug("QEMU event %s %s", name, data)
+        if name == "SHUTDOWN":
+            self._off.set()
+        if name in _TELLING:
+            self._changed()
+
+    def _ended(self) -> None:
+        self._off.set()
+        self.monitor.give_up()
+        self._changed()

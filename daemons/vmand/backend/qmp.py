@@ -1,0 +1,157 @@
+"""QEMU's monitor of one guest: kept connected as long as the process lives, every answer waited for with a deadline.
+
+QEMU serves one monitor client at a time. The connection is made, and made again, by one task; commands wait for it.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgehold.errors import FailedError, TimedOutError, UnavailableError
+from vmand.model import Found
+
+if TYPE_CHECKING:
+    from qemu.qmp import QMPClient
+
+log = logging.getLogger(__name__)
+# The library logs as errors what is ordinary here: a monitor that is not there yet, or any more.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
+
+CONNECTED = "CONNECTED"
+"""Our own event: what happened while nobody listened is not known, so look."""
+_RETRY_S = 0.01
+_RETRY_MAX_S = 1.0
+
+STATUS: dict[str, Found] = {
+    "running": Found.RUNNING,
+    "debug": Found.PAUSED,
+    "paused": Found.PAUSED,
+    "prelaunch": Found.PAUSED,
+    "shutdown": Found.OFF,
+    "guest-panicked": Found.FAILED,
+    "internal-error": Found.FAILED,
+    "io-error": Found.FAILED,
+    "watchdog": Found.FAILED,
+}
+"""QEMU's run states (qapi/run-state.json) as we see them; one that is not here changes nothing."""
+REASONS = {
+    "guest-panicked": "the guest panicked",
+    "internal-error": "QEMU reports an internal error: the guest can't go on",
+    "io-error": "QEMU reports an I/O error of a disk",
+    "watchdog": "the guest's watchdog fired",
+}
+
+
+class Monitor:
+    """The conversation with one QEMU."""
+
+    def __init__(
+        self, path: Path, *, who: str, timeout_s: float, on_event: Callable[[str, dict[str, Any]], None]
+    ) -> None:
+        self._path = path
+        self._who = who
+        self._timeout_s = timeout_s
+        self._on_event = on_event
+        self._client: QMPClient | None = None
+        self._connected = asyncio.Event()
+        self._dead = False
+        self._task = asyncio.create_task(self._stay_connected(), name=f"monitor of {who}")
+
+    async def wait_connected(self, timeout_s: float) -> None:
+        """Until QEMU has greeted.
+
+        Raises:
+            TimedOutError: it did not in time.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._connected.wait()
+        except TimeoutError:
+            raise TimedOutError(f"QEMU of {self._who} does not greet on its monitor within {timeout_s:g} s") from None
+
+    async def call(self, command: str, arguments: dict[str, object] | None = None) -> Any:
+        """One command, its answer.
+
+        Raises:
+            TimedOutError: no answer in time: QEMU hangs, or gets too little of the CPU.
+            UnavailableError: the connection broke before the answer.
+            FailedError: QEMU refused.
+        """
+        from qemu.qmp import ExecuteError, QMPError  # noqa: PLC0415 - 4 MB that a vmand without guests need not hold
+
+        await self.wait_connected(self._timeout_s)
+        client = self._client
+        if client is None:
+            raise UnavailableError(f"QEMU of {self._who} closed its monitor")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await client.execute(command, arguments)
+        except TimeoutError:
+            raise TimedOutError(
+                f"QEMU of {self._who} did not answer to {command} within {self._timeout_s:g} s; "
+                "it hangs or has too little CPU; shutdown with force ends it"
+            ) from None
+        except ExecuteError as error:
+            raise FailedError(f"QEMU of {self._who} refused {command}: {error}") from error
+        except QMPError as error:
+            raise UnavailableError(f"QEMU of {self._who} closed its monitor during {command}") from error
+
+    async def status(self) -> tuple[Found | None, str]:
+        """What the guest does, and QEMU's own word for it."""
+        word = str((await self.call("query-status"))["status"])
+        return STATUS.get(word), word
+
+    def give_up(self) -> None:
+        """QEMU is dead: who waits for it need not wait any longer."""
+        self._dead = True
+        self._connected.set()
+
+    async def close(self) -> None:
+        """Let go; QEMU goes on."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _stay_connected(self) -> None:
+        pause_s = _RETRY_S
+        while not self._dead:
+            if await self._converse():
+                pause_s = _RETRY_S
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 1.3, _RETRY_MAX_S)
+
+    async def _converse(self) -> bool:
+        """One connection, from its greeting to its end; whether there was one."""
+        from qemu.qmp import ConnectError, QMPClient, Runstate  # noqa: PLC0415 - see call
+
+        client = QMPClient(self._who)
+        try:
+            await client.connect(str(self._path))
+        except ConnectError:
+            return False
+        try:
+            with client.listener() as listener:
+                self._client = client
+                self._connected.set()
+                self._on_event(CONNECTED, {})
+                reader = asyncio.create_task(self._events(listener), name=f"events of {self._who}")
+                try:
+                    while client.runstate is Runstate.RUNNING:
+                        await client.runstate_changed()
+                finally:
+                    reader.cancel()
+                    await asyncio.gather(reader, return_exceptions=True)
+        finally:
+            self._client = None
+            if not self._dead:
+                self._connected.clear()
+            with contextlib.suppress(Exception):  # the library raises here what ended the connection: known already
+                await client.disconnect()
+        return True
+
+    async def _events(self, listener: Any) -> None:
+        async for event in listener:
+            self._on_event(str(event["event"]), dict(event.get("data") or {}))

@@ -1,0 +1,40 @@
+/* What Python sees of the extension. Read by cffi (no preprocessor) and included by kernel.h, so both sides share one text. */
+
+/* struct sched_attr of include/uapi/linux/sched/types.h, SCHED_ATTR_SIZE_VER1. Times in ns, nice -20..19, priority 1..99. */
+struct eh_sched_attr {
+    uint32_t size;
+    uint32_t policy;
+    uint64_t flags;
+    int32_t nice;
+    uint32_t priority;
+    uint64_t runtime_ns;
+    uint64_t deadline_ns;
+    uint64_t period_ns;
+    uint32_t util_min;
+    uint32_t util_max;
+};
+
+/* One thread's schedstat: executed and waited time since its start in ns, runs, and when it was read (CLOCK_MONOTONIC). */
+struct eh_schedstat {
+    uint64_t executed_ns;
+    uint64_t run_delay_ns;
+    uint64_t timeslices;
+    uint64_t time_ns;
+    int32_t error; /* 0 or a positive errno; the other fields count only when it is 0 */
+    int32_t reserved;
+};
+
+/* How a thread left SCHED_DEADLINE. */
+struct eh_left {
+    int32_t state;      /* the state letter of proc_pid_stat(5) that decided the way */
+    int32_t step_error; /* 0 or the errno of the step before (shrink or grow); its failure does not stop the leaving */
+    int32_t fallback;   /* 1: the wanted policy was refused and the thread is in SCHED_OTHER instead */
+};
+
+/* Each returns 0 (or a count, where it says so) or -errno, and allocates nothing. tid 0 is the calling thread. */
+int eh_sched_setattr(int32_t tid, const struct eh_sched_attr *attr);
+int eh_sched_getattr(int32_t tid, struct eh_sched_attr *attr);
+int eh_sched_leave(int32_t tid, int stat_fd, const struct eh_sched_attr *if_asleep, const struct eh_sched_attr *if_running,
+                   const struct eh_sched_attr *wanted, struct eh_left *left);
+/* Reads n schedstat files through descriptors that the caller keeps. Returns how many could not be read. */
+int eh_schedstat_read(const int *fds, struct eh_schedstat *out, int n);

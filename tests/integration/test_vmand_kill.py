@@ -1,0 +1,175 @@
+"""vmand is killed with -9: the guest goes on, the next vmand has it in hand, and nothing is doubled or left behind.
+
+EDGEHOLD_KILL_ROUNDS (20): rounds with one guest that must live through all of them. EDGEHOLD_CUT_ROUNDS (30): kills at
+random instants of random commands. EDGEHOLD_SEED: the random numbers of a run that failed.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import re
+import statistics
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from edgehold.api.vmand import Mode, Partition, State, VmandClient
+from edgehold.errors import EdgeholdError, UnavailableError
+from edgehold.testing.capability import guest_image, need_command
+from edgehold.testing.partitions import PrivateVmand, private_vmand
+
+ROOT = Path(__file__).parents[2]
+CMDLINE = "quiet no_timer_check tsc=reliable panic=-1"
+JOB = f"{CMDLINE} edgehold.job_ms=1 edgehold.period_ms=20"
+ROUNDS = int(os.environ.get("EDGEHOLD_KILL_ROUNDS", "20"))
+CUTS = int(os.environ.get("EDGEHOLD_CUT_ROUNDS", "30"))
+
+
+@pytest.fixture
+def image() -> tuple[Path, Path]:
+    need_command("qemu-system-x86_64", "qemu-system-x86")
+    return guest_image(ROOT)
+
+
+async def next_job(client: VmandClient, partition: int) -> int:
+    """The number of a job that the guest prints from now on; `client` must listen to nothing else."""
+    text = ""
+    async with asyncio.timeout(60):
+        await client.subscribe(partition, console=True)
+        async for event in client.events():
+            text += event.text
+            # A whole line: after a reconnection the first may have lost its beginning.
+            if found := re.search(r"edgehold-job n=(\d+) release_ms=\S+ response_ms=\S+\r\n", text):
+                return int(found[1])
+    raise AssertionError
+
+
+@pytest.mark.slow
+async def test_the_guest_goes_on_and_can_be_commanded(image: tuple[Path, Path]) -> None:
+    async with private_vmand(settings={"accelerator": "tcg"}) as vmand:
+        async with await vmand.client() as client:
+            one = await client.create_partition(cores=1, memsize_gb=0.125, mode=Mode.SHARED)
+        took: list[float] = []
+        for number in range(ROUNDS):
+            async with await vmand.client() as client:
+                await client.deploy(one, kernel=image[0], initrd=image[1], cmdline=JOB)
+                before = await client.status(one)
+                job = await next_job(client, one)
+            await vmand.kill()
+            assert vmand.guests() == [before.pid]
+            start = time.monotonic()
+            await vmand.start()
+            async with await vmand.client() as client:
+                (now,) = await client.list_partitions()
+                took.append(time.monotonic() - start)
+                assert now == before, f"round {number}"
+                assert await next_job(client, one) > job
+            async with await vmand.client() as client:
+                await client.suspend(one)
+                await client.restore(one)
+                await client.shutdown(one)
+                assert (await client.status(one)).reason == ""
+                assert (await client.status(one)).state is State.READY
+            assert vmand.guests() == []
+        sys.stdout.write(
+            f"\n{ROUNDS} rounds; start to list: median {statistics.median(took):.3f} s, max {max(took):.3f} s\n"
+        )
+
+
+class Chaos:
+    """Random commands on a few partitions, whatever their states."""
+
+    def __init__(self, image: tuple[Path, Path], dice: random.Random) -> None:
+        self._image = image
+        self._dice = dice
+
+    async def one(self, client: VmandClient) -> str:
+        """One random command; refusals are as good as successes. What it was."""
+        partitions = await client.list_partitions()
+        target = self._dice.choice(partitions) if partitions else None
+        name, call = self._pick(client, target, len(partitions))
+        with contextlib.suppress(EdgeholdError):
+            await call
+        return name
+
+    def _pick(self, client: VmandClient, target: Partition | None, count: int) -> tuple[str, Awaitable[object]]:
+        kernel, initrd = self._image
+        choices: list[tuple[str, Callable[[], Awaitable[object]]]] = []
+        if target is None or count < 3:
+            size = self._dice.choice([0.125, 0.25, 0.5])
+            choices.append(("create", lambda: client.create_partition(cores=1, memsize_gb=size, mode=Mode.SHARED)))
+        if target is not None:
+            one = target.id
+            by_state: dict[State, list[tuple[str, Callable[[], Awaitable[object]]]]] = {
+                State.READY: [
+                    ("deploy", lambda: client.deploy(one, kernel=kernel, initrd=initrd, cmdline=CMDLINE)),
+                    ("deploy", lambda: client.deploy(one, kernel=kernel, initrd=initrd, cmdline=CMDLINE)),
+                    ("destroy", lambda: client.destroy_partition(one)),
+                ],
+                State.DEPLOYED: [
+                    ("suspend", lambda: client.suspend(one)),
+                    ("reboot", lambda: client.reboot(one)),
+                    ("shutdown", lambda: client.shutdown(one, timeout_s=0.2)),
+                    ("force", lambda: client.shutdown(one, force=True)),
+                ],
+                State.SUSPENDED: [
+                    ("restore", lambda: client.restore(one)),
+                    ("destroy", lambda: client.destroy_partition(one)),
+                ],
+                State.FAILED: [
+                    ("shutdown", lambda: client.shutdown(one)),
+                    ("destroy", lambda: client.destroy_partition(one)),
+                ],
+            }
+            choices += by_state[target.state]
+        name, call = self._dice.choice(choices)
+        return f"{name} {target and target.id}", call()
+
+
+async def check_world(vmand: PrivateVmand, client: VmandClient) -> None:
+    """Each partition has what its state needs, and there is nothing beside it."""
+    partitions = await client.list_partitions()
+    live = [one for one in partitions if one.state in {State.DEPLOYED, State.SUSPENDED}]
+    assert sorted(vmand.guests()) == sorted(one.pid or 0 for one in live), partitions
+    runs = vmand.runtime / "p"
+    assert {one.name for one in runs.iterdir()} == {str(one.id) for one in live}
+    memory = {one.name: one.stat() for one in vmand.memory.iterdir() if one.name != ".lock"}
+    assert {name: stat.st_size for name, stat in memory.items()} == {
+        f"{one.uuid}.mem": one.memory_bytes for one in partitions
+    }
+    assert all(stat.st_blocks * 512 == stat.st_size for stat in memory.values())
+    for one in live:
+        (vcpu,) = await client.vcpus(one.id)
+        assert vcpu.tid > 0
+    assert all(one.reason == "" or one.state is not State.FAILED for one in partitions), partitions
+
+
+@pytest.mark.slow
+async def test_killed_at_random_instants_of_random_commands(image: tuple[Path, Path]) -> None:
+    seed = int(os.environ.get("EDGEHOLD_SEED", random.SystemRandom().randrange(10**6)))
+    dice = random.Random(seed)  # noqa: S311 - a seed, to repeat a failure
+    chaos = Chaos(image, dice)
+    done: list[str] = []
+    try:
+        async with private_vmand(settings={"accelerator": "tcg"}) as vmand:
+            for _round in range(CUTS):
+                async with await vmand.client() as client:
+                    for _ in range(dice.randrange(3)):
+                        done.append(await chaos.one(client))  # noqa: PERF401
+                    last = asyncio.create_task(chaos.one(client))
+                    await asyncio.sleep(dice.random() ** 2 * 0.1)  # the random instant itself
+                    await vmand.kill()
+                    with contextlib.suppress(UnavailableError):
+                        done.append(f"{await last} KILL")
+                await vmand.start()
+                async with await vmand.client() as client:
+                    await check_world(vmand, client)
+            sys.stdout.write(f"\n{CUTS} kills, seed {seed}: {', '.join(done)}\n")
+        assert vmand.remains() == []
+    except BaseException:
+        sys.stdout.write(f"\nEDGEHOLD_SEED={seed}: {', '.join(done)}\n")
+        raise

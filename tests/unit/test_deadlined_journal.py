@@ -1,0 +1,89 @@
+"""The journal of what to restore: it keeps what it is told, and nothing of another boot."""
+
+from pathlib import Path
+
+import pytest
+
+from deadlined.journal import Journal, Row
+from deadlined.reservation import safe_gap_ns
+from edgehold.errors import FailedError
+from edgehold.kernel.sched import Flag, Policy, SchedAttr
+
+S = 1_000_000_000
+ROW = Row(
+    tid=42,
+    start_ticks=7,
+    original=SchedAttr(policy=Policy.BATCH, flags=Flag.RESET_ON_FORK, nice=-3, runtime_ns=2_800_000),
+    period_ns=100_000_000,
+    max_budget_ns=80_000_000,
+)
+
+
+def test_a_successor_reads_what_was_written(tmp_path: Path) -> None:
+    first = Journal(tmp_path, boot_id="a")
+    first.hold([ROW])
+    first.release([(1, 1, 5 * S)])
+    first.close()
+    second = Journal(tmp_path, boot_id="a")
+    assert second.held() == [ROW]
+    assert second.gaps(4 * S) == {(1, 1): 5 * S}
+    assert second.gaps(5 * S) == {}
+    second.release([(42, 7, 0)])
+    assert second.held() == []
+    second.close()
+
+
+def test_a_release_is_of_one_thread_only(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, boot_id="a")
+    journal.hold([ROW])
+    journal.release([(42, 8, 0)])  # the id, used again by another thread
+    assert journal.held() == [ROW]
+    journal.close()
+
+
+def test_nothing_of_another_boot(tmp_path: Path) -> None:
+    first = Journal(tmp_path, boot_id="a")
+    first.hold([ROW])
+    first.release([(1, 1, 5 * S)])
+    first.close()
+    second = Journal(tmp_path, boot_id="b")
+    assert second.held() == []
+    assert second.gaps(0) == {}
+    second.close()
+
+
+def test_one_daemon_a_directory(tmp_path: Path) -> None:
+    first = Journal(tmp_path, boot_id="a")
+    with pytest.raises(FailedError, match="another deadlined"):
+        Journal(tmp_path, boot_id="a")
+    first.close()
+    Journal(tmp_path, boot_id="a").close()
+
+
+def test_a_directory_that_can_t_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FailedError, match="file/state"):
+        Journal(tmp_path / "file" / "state", boot_id="a")
+
+
+def test_a_journal_that_can_t_be_read_is_put_aside(tmp_path: Path) -> None:
+    (tmp_path / "journal.db").write_bytes(b"no database at all, " * 100)
+    journal = Journal(tmp_path, boot_id="a")
+    journal.hold([ROW])
+    journal.close()
+    assert (tmp_path / "journal.db.broken").exists()
+
+
+@pytest.mark.parametrize(
+    ("period", "budget", "overrun", "gap"),
+    [
+        (100_000_000, 10_000_000, 0, S),
+        (100_000_000, 2_000_000, 4_000_000, S),
+        (S, 100_000_000, 0, 1_250_000_000),
+        (100_000_000, 1_000_000, 20_000_000, 2_350_000_000),
+        (4 * S, 1024, 4_000_000, 120 * S),
+        (100_000_000, 10_000_000, -5, S),
+    ],
+)
+def test_the_safe_gap(period: int, budget: int, overrun: int, gap: int) -> None:
+    assert safe_gap_ns(period_ns=period, budget_ns=budget, overrun_ns=overrun) == gap
