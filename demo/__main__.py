@@ -17,7 +17,8 @@ from edgehold.api.vmand import Mode, State, VmandClient
 from edgehold.clock import NS_PER_MS, NS_PER_S
 from edgehold.errors import EdgeholdError
 from edgehold.kernel import sched
-from edgehold.testing.daemons import Daemon, private_directory
+from edgehold.testing.daemons import Daemon
+from edgehold.testing.partitions import private_vmand
 
 ROOT = Path(__file__).parents[1]
 GUEST = ROOT / "build/guest/amd64"
@@ -42,8 +43,7 @@ def say(story: Story, name: str, detail: str, *, good: bool) -> None:
 class Demo:
     """The steps, in order, each with its condition."""
 
-    def __init__(self, directory: Path, vmand: VmandClient, deadlined: DeadlinedClient, story: Story) -> None:
-        self.directory = directory
+    def __init__(self, vmand: VmandClient, deadlined: DeadlinedClient, story: Story) -> None:
         self.vmand = vmand
         self.deadlined = deadlined
         self.story = story
@@ -203,39 +203,20 @@ def worst(jobs: list[Job]) -> str:
 
 
 @contextlib.asynccontextmanager
-async def node(directory: Path) -> AsyncIterator[tuple[VmandClient, DeadlinedClient]]:
-    """Both daemons, and a client of each. Whatever happens, no guest outlives the demo."""
-    vmand = Daemon("vmand", directory=directory, settings={
-        "runtime_dir": str(directory / "vm"), "state_dir": str(directory / "vm-state"),
-        "memory_dir": str(Path("/dev/shm") / directory.name),  # noqa: S108 - vmand makes it, 0700
-    })  # fmt: skip
-    deadlined = Daemon("deadlined", directory=directory, settings={
-        "socket": str(directory / "dl.sock"), "state_dir": str(directory / "dl-state"),
-        "vmand_socket": str(directory / "vm/control.sock"),
-    })  # fmt: skip
-    try:
-        await vmand.start()
-        await deadlined.start()
-        async with (
-            await VmandClient.connect(directory / "vm/control.sock") as vmand_client,
-            DeadlinedClient(directory / "dl.sock") as deadlined_client,
-        ):
-            yield vmand_client, deadlined_client
-    finally:
-        await deadlined.stop()
-        await remove_partitions(vmand, directory / "vm/control.sock")
-        await vmand.stop()
-
-
-async def remove_partitions(vmand: Daemon, socket: Path) -> None:
-    """A guest outlives its daemon by design, so what a failed step left is ended here."""
-    if not vmand.running:
-        await vmand.start()
-    async with await VmandClient.connect(socket) as client:
-        for partition in await client.list_partitions():
-            if partition.state in {State.DEPLOYED, State.FAILED}:
-                await client.shutdown(partition.id, force=True)
-            await client.destroy_partition(partition.id)
+async def node() -> AsyncIterator[tuple[Path, VmandClient, DeadlinedClient]]:
+    """Both daemons in a private directory, and a client of each. Whatever happens, no guest outlives the demo."""
+    async with private_vmand() as vmand:
+        directory = vmand.directory
+        deadlined = Daemon("deadlined", directory=directory, settings={
+            "socket": str(directory / "dl.sock"), "state_dir": str(directory / "dl-state"),
+            "vmand_socket": str(vmand.socket),
+        })  # fmt: skip
+        try:
+            await deadlined.start()
+            async with await vmand.client() as vmand_client, DeadlinedClient(directory / "dl.sock") as deadlined_client:
+                yield directory, vmand_client, deadlined_client
+        finally:
+            await deadlined.stop()
 
 
 async def main() -> int:
@@ -247,23 +228,23 @@ async def main() -> int:
         print(f"demo: this host can't show it: {error}", file=sys.stderr)
         return 1
     story.facts["admission bandwidth"] = f"{before.capacity:.2f} CPUs (probed)"
-    with private_directory() as directory:
-        try:
-            async with node(directory) as (vmand, deadlined):
-                demo = Demo(directory, vmand, deadlined, story)
-                listening = asyncio.create_task(demo.listen())
-                try:
-                    await demo.run()
-                finally:
-                    listening.cancel()
-                    await asyncio.gather(listening, return_exceptions=True)
-        except (EdgeholdError, Failed) as error:
-            if not isinstance(error, Failed):
-                say(story, "the next step", str(error), good=False)
-            print(f"demo: stopped: {error}", file=sys.stderr)
-        left = await settled_traces(before, directory)
-        seen = "; ".join(left) or f"no thread, process or cgroup; {before.capacity:.2f} CPUs can be reserved as before"
-        say(story, "nothing is left behind", seen, good=not left)
+    directory = Path("/nonexistent")
+    try:
+        async with node() as (directory, vmand, deadlined):
+            demo = Demo(vmand, deadlined, story)
+            listening = asyncio.create_task(demo.listen())
+            try:
+                await demo.run()
+            finally:
+                listening.cancel()
+                await asyncio.gather(listening, return_exceptions=True)
+    except (EdgeholdError, Failed) as error:
+        if not isinstance(error, Failed):
+            say(story, "the next step", str(error), good=False)
+        print(f"demo: stopped: {error}", file=sys.stderr)
+    left = await settled_traces(before, directory)
+    seen = "; ".join(left) or f"no thread, process or cgroup; {before.capacity:.2f} CPUs can be reserved as before"
+    say(story, "nothing is left behind", seen, good=not left)
     report.write(story, REPORT)
     failed = [step for step in story.steps if not step.good]
     for step in failed:

@@ -29,6 +29,18 @@ def decode(body: bytes) -> AttachRequest:
         raise BadRequestError(f"the body is no request to attach: {error}") from None
 
 
+async def body_of(request: web.Request) -> bytes:
+    """The whole body.
+
+    Raises:
+        BadRequestError: it broke off in the middle: the peer left, or sent what is no body. Its fault, not ours.
+    """
+    try:
+        return await request.read()
+    except (ConnectionError, web.RequestPayloadError) as error:
+        raise BadRequestError(f"the body breaks off: {error}") from None
+
+
 def _is_ours(record: logging.LogRecord) -> bool:
     """Not the traceback that aiohttp logs for each peer that does not speak HTTP: it is told 400, and fills no log."""
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
@@ -43,7 +55,7 @@ def routes(service: "Service") -> list[Route]:
     """What the application serves, beside /healthz and /metrics."""
 
     async def attach(request: web.Request) -> web.Response:
-        return answer(await service.attach(decode(await request.read())), status=201)
+        return answer(await service.attach(decode(await body_of(request))), status=201)
 
     async def list_attachments(_request: web.Request) -> web.Response:
         return answer(service.attachments())

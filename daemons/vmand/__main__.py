@@ -18,6 +18,7 @@ from edgehold.systemd import activation, journal
 from edgehold.wire.control import ControlServer, bind_unix
 from edgehold.wire.peer import Roles
 from vmand.api import Api
+from vmand.backend import Host
 from vmand.backend.qemu import QemuBackend, pool_cores
 from vmand.config import Config
 from vmand.model import GIB
@@ -76,8 +77,9 @@ async def _alive(runtime: Runtime, config: Config, pool: frozenset[int], roles: 
         stack.push_async_callback(service.close)
         await recover(service)
         api = Api(service, image_limit_mib=config.limits.image_mib, host_cores=os.cpu_count() or 1)
-        # Where somebody looks at guests the answer is needed soon; trying takes seconds and must not delay the start.
-        service.spawn(service.backend.host(), "which accelerator")
+        # The first deploy needs the answer; trying may take seconds and must delay neither the start nor the stop.
+        probe = asyncio.create_task(service.backend.host(), name="which accelerator")
+        stack.push_async_callback(_drop, probe)
         listeners = passed.get("control", [])
         server = ControlServer(api.handle, roles=roles)
         for listener in listeners or [bind_unix(config.control_socket, mode=_socket_mode(roles))]:
@@ -86,6 +88,11 @@ async def _alive(runtime: Runtime, config: Config, pool: frozenset[int], roles: 
         if config.http:
             runtime.spawn(_http(service, api, roles, config.http_socket), name="http")
         yield
+
+
+async def _drop(task: asyncio.Task[Host]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _socket_mode(roles: Roles) -> int:

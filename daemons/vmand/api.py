@@ -134,18 +134,19 @@ class Api:
         except EdgeholdError as error:
             outcome = error.code
             if command.role is not Role.READ and outcome != "bad-request":
-                self._note(connection, request, f"refused: {error}", outcome)
+                self._note(connection, request, f"refused: {error}", outcome, None)
             raise
         else:
             outcome = "done"
             if command.role is not Role.READ:
-                self._note(connection, request, f"done, {answer}", outcome)
+                self._note(connection, request, "done", outcome, answer)
             return answer
         finally:
             self.outcomes[request.command, outcome] += 1
 
-    def _note(self, connection: Connection, request: Request, what: str, outcome: str) -> None:
-        partition = request.args.get("id", request.args.get("partition_id", ""))
+    def _note(self, connection: Connection, request: Request, what: str, outcome: str, answer: Any) -> None:
+        named = answer if isinstance(answer, dict) else request.args  # create-partition names it in its answer
+        partition = named.get("id", named.get("partition_id", "-"))
         fields = {
             "message_id": COMMAND_ID,
             "command": request.command,

@@ -25,6 +25,7 @@ from edgehold.errors import (
     BadRequestError,
     BadStateError,
     DeniedError,
+    FailedError,
     NoCapacityError,
     NotFoundError,
     UnavailableError,
@@ -246,7 +247,7 @@ async def test_two_daemons_never_share_a_journal(client: DeadlinedClient, direct
     await client.attach(thread(pid))
     (directory / "two").mkdir()
     second = Daemon("deadlined", directory=directory / "two", settings=settings(directory))
-    with pytest.raises(RuntimeError, match="another deadlined uses it"):
+    with pytest.raises(FailedError, match="another deadlined uses it"):
         await second.start()
     assert sched.get(pid).policy is sched.Policy.DEADLINE
 

@@ -478,7 +478,7 @@ async def test_health_and_metrics_are_loaded_when_asked_for(vmand: PrivateVmand,
 
 async def test_two_daemons_do_not_share_directories(vmand: PrivateVmand, tmp_path: Path) -> None:
     other = PrivateVmand(tmp_path, settings={"runtime_dir": str(vmand.runtime)})
-    with pytest.raises(RuntimeError, match="another vmand uses it"):
+    with pytest.raises(FailedError, match="another vmand uses it"):
         await other.start()
 
 

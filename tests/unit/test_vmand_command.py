@@ -111,8 +111,8 @@ def test_the_probe_is_its_source(tmp_path: Path) -> None:
     [
         (33, "RPLHSTU", "", ""),
         (None, "RPLH", "", "at the CPU's own speed"),
-        (None, "", "", "real mode within"),
-        (0, "RPLHST", "", "user mode and come back from it (its CPU was reset)"),
+        (None, "", "", "within 5 s a tiny guest did not run in real mode"),
+        (0, "RPLHST", "", "CPU was reset when it should run user mode"),
         (1, "", "no permission", "QEMU can't use it: no permission"),
         (-6, "", "", "QEMU can't use it: status -6"),
         (None, "RPLHSTU", "", "leave"),

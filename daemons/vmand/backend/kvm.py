@@ -44,8 +44,9 @@ def verdict(status: int | None, letters: str, complaint: str) -> str:
     missing = next((text for letter, text in _STEPS.items() if letter not in letters), "leave")
     if not letters and status not in {None, 0}:
         return f"QEMU can't use it: {complaint or f'status {status}'}"
-    how = f"within {_DEADLINE_S:g} s" if status is None else "(its CPU was reset)"
-    return f"a tiny guest did not {missing} {how}"
+    if status is None:
+        return f"within {_DEADLINE_S:g} s a tiny guest did not {missing}"
+    return f"a tiny guest's CPU was reset when it should {missing}"
 
 
 class Accelerators:

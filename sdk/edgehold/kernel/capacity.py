@@ -17,7 +17,7 @@ import sys
 import threading
 from dataclasses import asdict, dataclass
 
-from edgehold.errors import EdgeholdError, FailedError
+from edgehold.errors import DeniedError, EdgeholdError, FailedError
 from edgehold.kernel import native, procfs, sched
 from edgehold.kernel.sched import Policy, SchedAttr
 
@@ -152,6 +152,8 @@ async def probe_in_child() -> Found:
         if child.returncode is None:
             child.kill()
             await child.wait()
+    if child.returncode == DeniedError.exit_status:
+        raise DeniedError(err.decode(errors="replace").strip())
     if child.returncode != 0:
         raise FailedError(f"the capacity probe failed: {err.decode(errors='replace').strip()[-300:]}")
     return Found(**json.loads(out))

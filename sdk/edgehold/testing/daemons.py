@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgehold.errors import FailedError
+
 
 def toml(settings: Mapping[str, Any], prefix: str = "") -> str:
     """Settings as TOML: texts, numbers, booleans, lists of them, tables. A JSON text is a TOML basic string."""
@@ -109,7 +111,7 @@ class Daemon:
         """Start the daemon and wait for its READY=1.
 
         Raises:
-            RuntimeError: it ended, or said nothing in time; the text has the end of its log.
+            FailedError: it ended, or said nothing in time; the text has the end of its log.
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as ready:
             ready.bind("")  # autobind: an abstract address that nobody else has (unix(7))
@@ -127,13 +129,13 @@ class Daemon:
                 status = process.poll()
                 await self.kill()
                 what = f"ended with status {status}" if status is not None else f"was not ready within {timeout_s:g} s"
-                raise RuntimeError(f"{self.module} {what}:\n{self.log_text()[-2000:]}")
+                raise FailedError(f"{self.module} {what}:\n{self.log_text()[-2000:]}")
 
     async def stop(self, *, timeout_s: float = 20.0) -> int:
         """SIGTERM, then wait. Returns the exit status.
 
         Raises:
-            RuntimeError: it did not end in time (and was killed).
+            FailedError: it did not end in time (and was killed).
         """
         return await self._end(signal.SIGTERM, timeout_s)
 
@@ -166,7 +168,7 @@ class Daemon:
             except TimeoutError:
                 process.kill()
                 process.wait()
-                raise RuntimeError(
+                raise FailedError(
                     f"{self.module} did not end within {timeout_s:g} s:\n{self.log_text()[-2000:]}"
                 ) from None
         return process.wait()

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import IO, Self
 
-from edgehold.kernel import capacity, sched
+from edgehold.kernel import capacity, procfs, sched
+from edgehold.kernel.procfs import GoneError
 from edgehold.kernel.sched import SchedAttr
 
 # Commands on stdin, a thread id a line on stdout; the first line is the main thread's.
@@ -73,6 +74,8 @@ class Child:
         self._stdin().write(f"end {tid}\n")
         self._stdin().flush()
         self._read()
+        # join() returns a moment before the kernel's thread is gone.
+        eventually(lambda: tid not in procfs.threads(self.pid), timeout_s=5, what=f"thread {tid} is gone")
 
     def end(self) -> None:
         """End the process and wait for it."""
@@ -165,14 +168,29 @@ def settled_capacity(*, timeout_s: float = 10.0) -> float:
     return last
 
 
+def deadline_threads() -> list[str]:
+    """Every thread of the host that is in SCHED_DEADLINE now: its id, name and reservation. Only looks."""
+    found: list[str] = []
+    for pid in (int(path.name) for path in procfs.PROC.iterdir() if path.name.isdigit()):
+        with contextlib.suppress(GoneError):
+            for tid in procfs.threads(pid):
+                attr = sched.get(tid)
+                if attr.policy is sched.Policy.DEADLINE:
+                    found.append(f"{tid} ({procfs.stat(tid).name}) {attr}")
+    return found
+
+
 @contextlib.contextmanager
 def capacity_stays(*, timeout_s: float = 15.0) -> Iterator[float]:
     """Fail where the block leaves less admission bandwidth than it found; gives what it found, in CPUs."""
     before = settled_capacity()
     yield before
-    eventually(
-        lambda: capacity.probe().available >= before, timeout_s=timeout_s, what=f"the capacity is {before} CPUs again"
-    )
+    try:
+        eventually(lambda: capacity.probe().available >= before, timeout_s=timeout_s, what="the capacity is as before")
+    except AssertionError as error:
+        # Nobody in SCHED_DEADLINE: a leak. Somebody: a test's thread, or another program that began meanwhile.
+        now, who = capacity.probe().available, deadline_threads() or "nobody"
+        raise AssertionError(f"{error}: {before} CPUs before, {now} now; in SCHED_DEADLINE: {who}") from None
 
 
 def eventually(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,15 @@ class PrivateVmand(Daemon):
                         found.append(int(entry))
         return found
 
+    def end_guests(self) -> None:
+        """End by force what vmand left behind. Each process is verified while a pidfd holds it."""
+        for pid in self.guests():
+            with contextlib.suppress(ProcessLookupError):
+                fd = os.pidfd_open(pid)
+                if pid in self.guests():
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                os.close(fd)
+
     def remains(self) -> list[str]:
         """What there is of guests: processes, run directories, memory files. Empty where no partition exists."""
         runs = self.runtime / "p"
@@ -81,12 +91,16 @@ async def private_vmand(
             yield vmand
         finally:
             try:
-                if not vmand.running:
-                    await vmand.kill()
-                    await vmand.start()
-                await destroy_all(vmand)
+                try:
+                    if not vmand.running:
+                        await vmand.kill()
+                        await vmand.start()
+                    await destroy_all(vmand)
+                finally:
+                    await vmand.stop()
             finally:
-                await vmand.stop()
+                # Nothing is left here unless vmand failed; a failed test must not leave guests behind.
+                vmand.end_guests()
                 shutil.rmtree(vmand.memory, ignore_errors=True)
 
 
