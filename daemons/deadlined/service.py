@@ -210,7 +210,6 @@ async def lifespan(runtime: Runtime, settings: Settings) -> AsyncIterator[None]:
         EdgeholdError: it can't start.
     """
     roles = Roles.from_groups(read=settings.access.read, operate=settings.access.operate)
-    api.quiet_about_bad_http()
     service = Service(runtime, settings)
     try:
         service.holder.recover()

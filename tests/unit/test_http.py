@@ -1,11 +1,14 @@
 """HTTP on a unix socket: errors, roles, health, metrics, limits."""
 
+import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 import pytest_asyncio
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Gauge
@@ -16,8 +19,9 @@ from edgehold.wire.peer import Peer, Role, Roles
 
 
 class Rig:
-    def __init__(self, session: aiohttp.ClientSession) -> None:
+    def __init__(self, session: aiohttp.ClientSession, path: Path) -> None:
         self.session = session
+        self.path = path
         self.sick = False
 
     async def ask(self, method: str, path: str, **more: Any) -> tuple[int, str]:
@@ -45,7 +49,7 @@ async def rig(tmp_path: Path, request: Any) -> AsyncIterator[Rig]:
     Gauge("edgehold_things", "Things.", registry=registry).set(3)
     path = tmp_path / "api.sock"
     async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session:
-        one = Rig(session)
+        one = Rig(session, path)
 
         def health() -> None:
             if one.sick:
@@ -86,3 +90,14 @@ async def test_roles_and_limits(rig: Rig) -> None:
         return
     assert (status, text) == (200, '{"got":100}')
     assert (await rig.ask("POST", "/v1/things/7", data=b"x" * (http.MAX_BODY_BYTES + 1)))[0] == 413
+
+
+async def test_a_peer_that_speaks_no_http_is_told_so_and_fills_no_log(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader, writer = await asyncio.open_unix_connection(str(rig.path))
+    writer.write(b"\x00nonsense\r\n\r\n")
+    assert b"400" in await reader.readline()
+    writer.close()
+    await writer.wait_closed()
+    assert not [one for one in caplog.records if one.levelno >= logging.ERROR]

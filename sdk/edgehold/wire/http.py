@@ -1,16 +1,18 @@
 """HTTP for daemons: an aiohttp application with our errors, roles, health and metrics, served on a unix socket."""
 
 import contextlib
+import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from edgehold.errors import EdgeholdError, NotFoundError
+from edgehold.errors import BadRequestError, EdgeholdError, NotFoundError
 from edgehold.wire.control import bind_unix
 from edgehold.wire.peer import Peer, Role, Roles, peer_of, require
 
@@ -99,11 +101,32 @@ def number(request: web.Request, name: str) -> int:
     return int(text)
 
 
+async def body(request: web.Request) -> bytes:
+    """The whole body, at most `MAX_BODY_BYTES`.
+
+    Raises:
+        BadRequestError: it broke off in the middle: the peer left, or sent what is no body. Its fault, not ours.
+    """
+    try:
+        return await request.read()
+    except (ConnectionError, web.RequestPayloadError) as error:
+        raise BadRequestError(f"the body breaks off: {error}") from None
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Not the traceback that aiohttp logs for each peer that does not speak HTTP: it is told 400, and fills no log."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+_log = logging.getLogger(__name__)
+_log.addFilter(_is_ours)
+
+
 @contextlib.asynccontextmanager
 async def serve(app: web.Application, listener: socket.socket | Path, *, mode: int = 0o660) -> AsyncIterator[None]:
     """Serve the application on a listening socket, or on a unix socket made at the path, until the block ends."""
     sock = bind_unix(listener, mode=mode) if isinstance(listener, Path) else listener
-    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=2.0)
+    runner = web.AppRunner(app, access_log=None, logger=_log, handle_signals=False, shutdown_timeout=2.0)
     await runner.setup()
     try:
         await web.SockSite(runner, sock).start()
