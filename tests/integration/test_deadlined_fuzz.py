@@ -34,10 +34,13 @@ _START = 'sleep 100000 & sleep 100000 & sleep 100000 & exec "$0" -m deadlined --
 _GOOD = {"target": {"kind": "thread", "id": 2}, "policy": {"period_ns": 100_000_000, "initial_budget_ns": 2_000_000}}
 
 
+# A PID namespace of its own, and /proc as seen from in there. In a chroot the root is no mount point whose propagation
+# could be changed; that of /proc is.
+_UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--propagation", "unchanged", "--mount-proc")
+
+
 def namespace_refusal() -> str:
-    done = subprocess.run(
-        ["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*_UNSHARE, "true"], capture_output=True, text=True, check=False)
     return done.stderr.strip() if done.returncode else ""
 
 
@@ -70,7 +73,7 @@ class Fuzzed:
         self.log = directory / "log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", _START, sys.executable,
+                [*_UNSHARE, "sh", "-c", _START, sys.executable,
                  str(config)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
