@@ -5,6 +5,8 @@ Exit status 0 only if every step's condition held; each that failed is named. Th
 
 import asyncio
 import contextlib
+import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -21,7 +23,7 @@ from edgehold.testing.daemons import Daemon
 from edgehold.testing.partitions import private_vmand
 
 ROOT = Path(__file__).parents[1]
-GUEST = ROOT / "build/guest/amd64"
+GUEST = Path(os.environ.get("EDGEHOLD_GUEST", ROOT / "build/guest/amd64"))
 REPORT = ROOT / "build/demo/report.html"
 CMDLINE = "console=ttyS0 quiet no_timer_check tsc=reliable edgehold.job_ms=10 edgehold.period_ms=100"
 PERIOD_MS, FIRST_BUDGET_MS = 100, 2
@@ -219,8 +221,39 @@ async def node() -> AsyncIterator[tuple[Path, VmandClient, DeadlinedClient]]:
             await deadlined.stop()
 
 
+async def play(story: Story) -> None:
+    """Both daemons and all steps; what was begun is undone, however it ends."""
+    async with node() as (directory, vmand, deadlined):
+        story.directory = directory
+        demo = Demo(vmand, deadlined, story)
+        listening = asyncio.create_task(demo.listen())
+        try:
+            await demo.run()
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+
+
+async def interruptible(story: Story) -> int:
+    """`play`, which Ctrl-C ends in order. Returns the exit status as far as it goes."""
+    playing = asyncio.create_task(play(story))
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second one changes nothing: it is being undone already
+        asyncio.get_running_loop().add_signal_handler(number, lambda: playing.cancelling() or playing.cancel())
+    try:
+        await playing
+    except asyncio.CancelledError:
+        say(story, "all steps", "interrupted", good=False)
+        return 130
+    except (EdgeholdError, Failed) as error:
+        if not isinstance(error, Failed):
+            say(story, "the next step", str(error), good=False)
+        print(f"demo: stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 async def main() -> int:
-    """Run the demo. Returns the exit status."""
+    """Run the demo. Returns the exit status: 0 only if every condition held."""
     story = Story(time.monotonic_ns(), facts=host.facts())
     try:
         before = host.traces()
@@ -228,21 +261,8 @@ async def main() -> int:
         print(f"demo: this host can't show it: {error}", file=sys.stderr)
         return 1
     story.facts["admission bandwidth"] = f"{before.capacity:.2f} CPUs (probed)"
-    directory = Path("/nonexistent")
-    try:
-        async with node() as (directory, vmand, deadlined):
-            demo = Demo(vmand, deadlined, story)
-            listening = asyncio.create_task(demo.listen())
-            try:
-                await demo.run()
-            finally:
-                listening.cancel()
-                await asyncio.gather(listening, return_exceptions=True)
-    except (EdgeholdError, Failed) as error:
-        if not isinstance(error, Failed):
-            say(story, "the next step", str(error), good=False)
-        print(f"demo: stopped: {error}", file=sys.stderr)
-    left = await settled_traces(before, directory)
+    status = await interruptible(story)
+    left = await settled_traces(before, story.directory)
     seen = "; ".join(left) or f"no thread, process or cgroup; {before.capacity:.2f} CPUs can be reserved as before"
     say(story, "nothing is left behind", seen, good=not left)
     report.write(story, REPORT)
@@ -252,10 +272,10 @@ async def main() -> int:
     if not failed:
         print(f"all {len(story.steps)} conditions held")
     print(f"report: {REPORT.relative_to(ROOT)}")
-    return 1 if failed else 0
+    return status or (1 if failed else 0)
 
 
-async def settled_traces(before: host.Traces, directory: Path) -> list[str]:
+async def settled_traces(before: host.Traces, directory: Path | None) -> list[str]:
     """Bandwidth comes back at a thread's 0-lag time (some periods), so look again for a while before judging."""
     for _attempt in range(10):
         left = host.left_behind(before, host.traces(), directory)

@@ -27,11 +27,12 @@ def traces() -> Traces:
     return Traces(frozenset(_deadline_threads()), frozenset(_cgroups()), found.available, found.resolution)
 
 
-def left_behind(before: Traces, after: Traces, directory: Path) -> list[str]:
+def left_behind(before: Traces, after: Traces, directory: Path | None) -> list[str]:
     """What the run left, in words; nothing if it left nothing."""
     said = [f"thread {tid} is still in SCHED_DEADLINE" for tid in after.deadline_threads - before.deadline_threads]
     said += [f"cgroup {path}" for path in after.cgroups - before.cgroups]
-    said += [f"process {pid}: {command}" for pid, command in processes_of(directory)]
+    if directory is not None:
+        said += [f"process {pid}: {command}" for pid, command in processes_of(directory)]
     lost = before.capacity - after.capacity
     if lost > 2 * before.resolution:
         said.append(f"admission bandwidth: {before.capacity:.3f} CPUs before, {after.capacity:.3f} after")

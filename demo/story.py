@@ -4,6 +4,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from edgehold.api.deadlined import Sample
 from edgehold.clock import NS_PER_MS
@@ -43,6 +44,8 @@ class Story:
     """All that the report shows."""
 
     started_ns: int
+    directory: Path | None = None
+    """Where the daemons of this run lived."""
     steps: list[Step] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)

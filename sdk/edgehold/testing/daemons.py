@@ -105,6 +105,7 @@ class Daemon:
                 stdout=log,
                 stderr=log,
                 env=environment,
+                start_new_session=True,  # Ctrl-C is for whoever started it, who then stops it in order
             )
 
     async def start(self, *, timeout_s: float = 30.0) -> None:
