@@ -262,7 +262,7 @@ async def main() -> int:
         return 1
     story.facts["admission bandwidth"] = f"{before.capacity:.2f} CPUs (probed)"
     status = await interruptible(story)
-    left = await settled_traces(before, story.directory)
+    left = await settled_traces(before, story)
     seen = "; ".join(left) or f"no thread, process or cgroup; {before.capacity:.2f} CPUs can be reserved as before"
     say(story, "nothing is left behind", seen, good=not left)
     report.write(story, REPORT)
@@ -275,10 +275,14 @@ async def main() -> int:
     return status or (1 if failed else 0)
 
 
-async def settled_traces(before: host.Traces, directory: Path | None) -> list[str]:
+async def settled_traces(before: host.Traces, story: Story) -> list[str]:
     """Bandwidth comes back at a thread's 0-lag time (some periods), so look again for a while before judging."""
     for _attempt in range(10):
-        left = host.left_behind(before, host.traces(), directory)
+        held = {sample.tid for sample in story.samples}
+        try:
+            left = host.left_behind(before, host.traces(), directory=story.directory, held=held)
+        except EdgeholdError as error:
+            return [error.message]
         if not left:
             break
         await asyncio.sleep(0.5)

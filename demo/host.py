@@ -5,10 +5,9 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgehold.errors import UnavailableError
 from edgehold.kernel import capacity
-
-SCHED_DEADLINE = 6
-_POLICY = 41 - 3  # field 41 of /proc/PID/task/TID/stat (proc(5)), counted behind the name in parentheses
+from edgehold.testing.load import accounted, available, deadline_threads, settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,24 +17,32 @@ class Traces:
     deadline_threads: frozenset[int]
     cgroups: frozenset[str]
     capacity: float
-    resolution: float
+    """What the kernel would still admit, in CPUs."""
+    accounted: float
+    """That, and what living threads hold: others on the host may come and go meanwhile."""
 
 
 def traces() -> Traces:
-    """Look at threads, cgroups and the admission bandwidth."""
-    found = capacity.probe()
-    return Traces(frozenset(_deadline_threads()), frozenset(_cgroups()), found.available, found.resolution)
+    """Look at threads, cgroups and the admission bandwidth.
+
+    Raises:
+        EdgeholdError: the bandwidth can't be probed; the text says why.
+    """
+    try:
+        whole = settled(accounted)
+    except AssertionError as error:
+        raise UnavailableError(f"other programs change their reservations all the time: {error}") from None
+    return Traces(frozenset(deadline_threads()), frozenset(_cgroups()), available(), whole)
 
 
-def left_behind(before: Traces, after: Traces, directory: Path | None) -> list[str]:
-    """What the run left, in words; nothing if it left nothing."""
-    said = [f"thread {tid} is still in SCHED_DEADLINE" for tid in after.deadline_threads - before.deadline_threads]
+def left_behind(before: Traces, after: Traces, *, directory: Path | None, held: set[int]) -> list[str]:
+    """What the run left, in words, of its directory's processes and the threads that it held; nothing if nothing."""
+    said = [f"thread {tid} is in SCHED_DEADLINE" for tid in sorted(after.deadline_threads & held)]
     said += [f"cgroup {path}" for path in after.cgroups - before.cgroups]
     if directory is not None:
         said += [f"process {pid}: {command}" for pid, command in processes_of(directory)]
-    lost = before.capacity - after.capacity
-    if lost > 2 * before.resolution:
-        said.append(f"admission bandwidth: {before.capacity:.3f} CPUs before, {after.capacity:.3f} after")
+    if before.accounted - after.accounted > 2 * capacity.RESOLUTION:
+        said.append(f"admission bandwidth: {before.accounted:.3f} CPUs before, {after.accounted:.3f} after")
     return said
 
 
@@ -74,18 +81,6 @@ def facts() -> dict[str, str]:
         "sched_rt_runtime_us": runtime,
         "Python": platform.python_version(),
     }
-
-
-def _deadline_threads() -> set[int]:
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
-        try:
-            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[_POLICY]) == SCHED_DEADLINE:
-            found.add(int(stat.parent.name))
-    return found
 
 
 def _cgroups() -> set[str]:

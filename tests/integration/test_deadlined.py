@@ -34,7 +34,7 @@ from edgehold.kernel import procfs, sched
 from edgehold.kernel.sampler import Sampler
 from edgehold.kernel.sched import SchedAttr
 from edgehold.testing.daemons import Daemon, private_directory
-from edgehold.testing.load import Load, capacity_stays, deadline_refusal, eventually
+from edgehold.testing.load import Load, eventually
 from edgehold.wire.control import Connection, ControlServer, bind_unix
 from edgehold.wire.jsonlines import Request
 from edgehold.wire.peer import Roles
@@ -45,20 +45,7 @@ CYCLE_MS = 200
 NOBODY = 2**30
 
 
-@pytest.fixture(autouse=True)
-def the_capacity_stays() -> Iterator[None]:
-    """Every test leaves the admission bandwidth as it found it."""
-    if (why := deadline_refusal()) and not os.environ.get("EDGEHOLD_REQUIRE"):
-        pytest.skip(f"no SCHED_DEADLINE here: {why}")
-    assert not why
-    with capacity_stays():
-        yield
-
-
-@pytest.fixture
-def load() -> Iterator[Load]:
-    with Load() as one:
-        yield one
+pytestmark = pytest.mark.usefixtures("deadline")
 
 
 @pytest.fixture

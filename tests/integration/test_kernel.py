@@ -6,30 +6,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from edgehold.kernel import capacity, native, procfs, sched
 from edgehold.kernel.sampler import Sampler
 from edgehold.kernel.sched import Flag, Policy, SchedAttr
-from edgehold.testing.load import Load, deadline_refusal, eventually, settled_capacity
+from edgehold.testing.load import Load, available, eventually, settled
 
 MS = 1_000_000
 ATTR = SchedAttr.deadline(runtime_ns=10 * MS, period_ns=100 * MS)
 
 
-@pytest.fixture(autouse=True)
-def needs_deadline() -> None:
-    if (why := deadline_refusal()) and not os.environ.get("EDGEHOLD_REQUIRE"):
-        pytest.skip(f"no SCHED_DEADLINE here: {why}")
-    assert not why
-
-
-@pytest.fixture
-def load() -> Iterator[Load]:
-    with Load() as one:
-        yield one
+pytestmark = pytest.mark.usefixtures("deadline")
 
 
 def test_set_and_get_say_the_same(load: Load) -> None:
@@ -100,7 +89,7 @@ def test_a_pinned_thread_is_refused_and_told_why(load: Load) -> None:
 
 
 def test_twenty_probes_in_a_row_agree_and_leave_nothing() -> None:
-    settled_capacity()
+    settled(available)
     found = [capacity.probe() for _ in range(20)]
     assert len({one.available for one in found}) == 1, [one.available for one in found]
     assert found[0].available > 0.5
@@ -108,14 +97,14 @@ def test_twenty_probes_in_a_row_agree_and_leave_nothing() -> None:
 
 
 async def test_a_probe_in_a_child_agrees() -> None:
-    settled_capacity()
+    settled(available)
     inside = capacity.probe()
     outside = await capacity.probe_in_child()
     assert outside == inside
 
 
 def test_what_is_held_is_missing_from_the_capacity(load: Load) -> None:
-    before = settled_capacity()
+    before = settled(available)
     tid = load.hog().pid
     sched.set_attr(tid, SchedAttr.deadline(runtime_ns=30 * MS, period_ns=100 * MS))
     during = capacity.probe()

@@ -1,8 +1,6 @@
 """Attach and detach on the real kernel: nothing leaks, nobody gets stuck, everybody gets back what he had."""
 
-import os
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -12,27 +10,14 @@ from edgehold.kernel import capacity, procfs, sched
 from edgehold.kernel.procfs import GoneError
 from edgehold.kernel.sampler import Sampler
 from edgehold.kernel.sched import Flag, Policy, SchedAttr
-from edgehold.testing.load import Load, capacity_stays, deadline_refusal, eventually
+from edgehold.testing.load import Load, eventually
 
 MS = 1_000_000
 P = 100 * MS
 CAP = 80 * MS
 
 
-@pytest.fixture(autouse=True)
-def the_capacity_stays() -> Iterator[None]:
-    """Every test leaves the admission bandwidth as it found it."""
-    if (why := deadline_refusal()) and not os.environ.get("EDGEHOLD_REQUIRE"):
-        pytest.skip(f"no SCHED_DEADLINE here: {why}")
-    assert not why
-    with capacity_stays():
-        yield
-
-
-@pytest.fixture
-def load() -> Iterator[Load]:
-    with Load() as one:
-        yield one
+pytestmark = pytest.mark.usefixtures("deadline")
 
 
 def asleep(tid: int) -> None:

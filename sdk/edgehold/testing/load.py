@@ -150,8 +150,8 @@ def deadline_refusal() -> str:
     return "".join(refusal)
 
 
-def settled_capacity(*, timeout_s: float = 10.0) -> float:
-    """The admission bandwidth that is left, in CPUs, once nothing is on its way back from reservations that ended.
+def settled(measure: Callable[[], float], *, timeout_s: float = 20.0) -> float:
+    """A measure of bandwidth in CPUs, once nothing is on its way back from reservations that ended.
 
     Raises:
         AssertionError: it never stood still.
@@ -159,8 +159,8 @@ def settled_capacity(*, timeout_s: float = 10.0) -> float:
     deadline = time.monotonic() + timeout_s
     same, last = 0, -1.0
     while same < 4:
-        now = capacity.probe().available
-        same = same + 1 if now == last else 0
+        now = measure()
+        same = same + 1 if abs(now - last) <= capacity.RESOLUTION else 0
         last = now
         if time.monotonic() > deadline:
             raise AssertionError(f"the capacity does not stand still: {now}")
@@ -168,29 +168,44 @@ def settled_capacity(*, timeout_s: float = 10.0) -> float:
     return last
 
 
-def deadline_threads() -> list[str]:
-    """Every thread of the host that is in SCHED_DEADLINE now: its id, name and reservation. Only looks."""
-    found: list[str] = []
+def deadline_threads() -> dict[int, SchedAttr]:
+    """Every thread of the host that is in SCHED_DEADLINE now, with its reservation. Only looks."""
+    found: dict[int, SchedAttr] = {}
     for pid in (int(path.name) for path in procfs.PROC.iterdir() if path.name.isdigit()):
         with contextlib.suppress(GoneError):
             for tid in procfs.threads(pid):
                 attr = sched.get(tid)
                 if attr.policy is sched.Policy.DEADLINE:
-                    found.append(f"{tid} ({procfs.stat(tid).name}) {attr}")
+                    found[tid] = attr
     return found
 
 
+def available() -> float:
+    """What the kernel would still admit, in CPUs."""
+    return capacity.probe().available
+
+
+def accounted() -> float:
+    """What is left plus what living threads hold, in CPUs: the same at all times, unless a reservation was leaked."""
+    return available() + sum(attr.runtime_ns / attr.period_ns for attr in deadline_threads().values())
+
+
 @contextlib.contextmanager
-def capacity_stays(*, timeout_s: float = 15.0) -> Iterator[float]:
-    """Fail where the block leaves less admission bandwidth than it found; gives what it found, in CPUs."""
-    before = settled_capacity()
-    yield before
+def capacity_stays(*, timeout_s: float = 15.0) -> Iterator[None]:
+    """Fail where the block leaks admission bandwidth. What other programs hold meanwhile is accounted for."""
+    before = settled(accounted)
+    yield
+    after = 0.0
+
+    def whole() -> bool:
+        nonlocal after
+        after = accounted()
+        return after >= before - 2 * capacity.RESOLUTION
+
     try:
-        eventually(lambda: capacity.probe().available >= before, timeout_s=timeout_s, what="the capacity is as before")
+        eventually(whole, timeout_s=timeout_s, what="all bandwidth is free or somebody's")
     except AssertionError as error:
-        # Nobody in SCHED_DEADLINE: a leak. Somebody: a test's thread, or another program that began meanwhile.
-        now, who = capacity.probe().available, deadline_threads() or "nobody"
-        raise AssertionError(f"{error}: {before} CPUs before, {now} now; in SCHED_DEADLINE: {who}") from None
+        raise AssertionError(f"{error}: {before:.4f} CPUs before, {after:.4f} after, {deadline_threads()}") from None
 
 
 def eventually(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
