@@ -63,7 +63,8 @@ def client_group(
         @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of a table.")
         @click.option(
             "--socket",
-            type=click.Path(path_type=Path),
+            # Not looked at here: only connecting tells who may and whether somebody listens.
+            type=click.Path(path_type=Path, readable=False),
             default=default_socket,
             envvar=variable,
             show_default=True,
@@ -83,10 +84,13 @@ def client_group(
 def completion_command(group: click.Group, program: str) -> None:
     """Add ``completion SHELL``, which prints the script that the shell evaluates."""
 
-    @group.command("completion")
+    @group.command("completion", short_help="Print shell completion for bash, zsh or fish.")
     @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
     def completion(shell: str) -> None:
-        """Print shell completion; e.g. put  eval "$(PROGRAM completion bash)"  into ~/.bashrc."""
+        """Print shell completion; for bash, put this into ~/.bashrc:
+
+        eval "$(PROGRAM completion bash)"
+        """
         from click.shell_completion import get_completion_class  # noqa: PLC0415 - rare
 
         kind = get_completion_class(shell)
@@ -102,10 +106,16 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
 def main(group: click.Group, program: str) -> None:
     """Run a client command: an `EdgeholdError` becomes one line on stderr and its exit status.
 
-    0: done. 1: refused or failed. 64: wrong usage. 75: try again later. 77: not permitted. 130: interrupted.
+    ``--json`` may stand anywhere; the error is then its wire form. 0: done. 1: refused or failed. 64: wrong usage.
+    75: try again later. 77: not permitted. 130: interrupted.
     """
+    arguments = sys.argv[1:]
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    as_json = "--json" in own
+    if as_json:
+        arguments = ["--json", *(one for one in own if one != "--json"), *arguments[len(own) :]]
     try:
-        status = group.main(prog_name=program, standalone_mode=False)
+        status = group.main(args=arguments, prog_name=program, standalone_mode=False)
         if isinstance(status, int):  # --help, --version and context.exit() end so
             sys.exit(status)
     except click.Abort:
@@ -117,7 +127,8 @@ def main(group: click.Group, program: str) -> None:
         sys.exit(130)
     except EdgeholdError as error:
         again = " (it may work later)" if error.retryable else ""
-        click.echo(f"{program}: {error.code}: {error.message}{again}", err=True)
+        text = f"{program}: {error.code}: {error.message}{again}"
+        click.echo(json.dumps({"error": error.to_wire()}) if as_json else text, err=True)
         sys.exit(error.exit_status)
     except BrokenPipeError:
         # The reader of our output left (`| head`): nothing to say, and nobody to say it to.

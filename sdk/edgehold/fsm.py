@@ -31,7 +31,9 @@ class Transitions(Generic[S]):
         if state in allowed:
             return target
         states = " or ".join(sorted(one.value for one in allowed))
-        raise BadStateError(f"{self.what}{who and ' ' + who} is {state.value}; {command} needs {states}")
+        way = sorted(name for name, (start, end) in self.table.items() if state in start and end in allowed)
+        hint = f" ({way[0]} leads there)" if way else ""
+        raise BadStateError(f"{self.what}{who and ' ' + who} is {state.value}; {command} needs {states}{hint}")
 
     def allows(self, command: str, state: S) -> bool:
         """Whether the command is legal in this state."""

@@ -4,6 +4,7 @@ A daemon is an async context manager: entering it makes it ready, leaving it dra
 spawned on the `Runtime`, and a task that ends is a fault of the whole: the process exits and systemd restarts it.
 """
 
+import argparse
 import asyncio
 import contextlib
 import logging
@@ -11,10 +12,12 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+from edgehold import __version__
 from edgehold.clock import Clock, SystemClock
-from edgehold.errors import EX_CONFIG, EX_SOFTWARE, EdgeholdError, SettingsError
+from edgehold.errors import EX_CONFIG, EX_SOFTWARE, EX_USAGE, EdgeholdError, SettingsError
 from edgehold.systemd.notify import Notifier
 
 log = logging.getLogger(__name__)
@@ -62,6 +65,8 @@ class Runtime:
 
     def reload(self) -> None:
         """What SIGHUP does."""
+        if not self._reload:
+            log.info("SIGHUP: nothing can be reloaded; restart to take new settings")
         for callback in self._reload:
             try:
                 callback()
@@ -100,7 +105,8 @@ async def _serve(name: str, lifespan: Lifespan, notifier: Notifier, drain_s: flo
     runtime = Runtime(name)
     async with _signals(runtime):
         alive = lifespan(runtime)
-        await alive.__aenter__()
+        if not await _started(runtime, alive):
+            return await runtime.wait()
         if notifier.watchdog_s is not None:
             runtime.spawn(_heartbeat(notifier, notifier.watchdog_s), name="watchdog")
         notifier.ready()
@@ -119,9 +125,44 @@ async def _serve(name: str, lifespan: Lifespan, notifier: Notifier, drain_s: flo
         return status
 
 
+async def _started(runtime: Runtime, alive: contextlib.AbstractAsyncContextManager[None]) -> bool:
+    """Whether the daemon came up; not if it was told to stop before. Starting may take long: a peer may hang."""
+    starting = asyncio.ensure_future(alive.__aenter__())
+    stopping = asyncio.ensure_future(runtime.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not starting.done():
+        starting.cancel()
+        log.info("told to stop before it was ready")
+    try:
+        await starting
+    except asyncio.CancelledError:
+        return False
+    return True
+
+
 async def _drain(runtime: Runtime, alive: contextlib.AbstractAsyncContextManager[None]) -> None:
     await alive.__aexit__(None, None, None)
     await runtime.cancel_tasks()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(EX_USAGE, f"{self.prog}: {message}; {self.prog} --help says more\n")
+
+
+def daemon_arguments(name: str, description: str) -> argparse.Namespace:
+    """A daemon's command line: ``config`` (a path or None) and ``check_config``. Wrong usage ends with 64."""
+    parser = _Parser(
+        prog=name,
+        description=description,
+        epilog="Exit status: 0 stopped when told so, 1 no start, 64 wrong usage, 70 a task died, 78 wrong settings.",
+    )
+    parser.add_argument("--config", type=Path, help=f"settings (default: /etc/edgehold/{name}.toml, where it exists)")
+    parser.add_argument("--check-config", action="store_true", help="read and check the settings, say so, and exit")
+    parser.add_argument("--version", action="version", version=f"{name} (edgehold) {__version__}")
+    return parser.parse_args()
 
 
 def run(name: str, lifespan: Lifespan, *, drain_s: float = 10.0) -> int:

@@ -41,6 +41,15 @@ def test_both_spellings_and_both_outputs(monkeypatch: pytest.MonkeyPatch, capsys
     assert json.loads(capsys.readouterr().out) == {"cores": 3}
 
 
+def test_json_anywhere_and_for_errors_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["show", "--cores=3", "--json"], monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out) == {"cores": 3}
+    assert run(["refuse", "--json"], monkeypatch) == 1
+    assert json.loads(capsys.readouterr().err) == {
+        "error": {"code": "no-capacity", "message": "2 cores asked for, 1 is left", "retryable": True}
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [

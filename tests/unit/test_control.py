@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -166,6 +167,36 @@ async def test_too_many_connections_are_refused(tmp_path: Path, monkeypatch: pyt
     assert len(await say(tmp_path, b'{"command":"echo"}\n')) == 1
 
 
+@pytest.mark.usefixtures("daemon")
+async def test_no_user_takes_all_connections_and_root_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "MAX_CONNECTIONS", 6)
+    monkeypatch.setattr(control, "ROOT_CONNECTIONS", 2)
+    monkeypatch.setattr(control, "MAX_CONNECTIONS_OF_A_USER", 3)
+    uids = iter([1000] * 4 + [1001] * 2 + [0] * 3)
+    monkeypatch.setattr(control, "peer_of", lambda sock: dataclasses.replace(peer_of(sock), uid=next(uids)))
+    monkeypatch.setattr(Roles, "role_of", lambda _self, _peer: Role.OPERATE)
+    got_in = []
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(9):
+            reader, writer = await stack.enter_async_context(raw(tmp_path))
+            with contextlib.suppress(ConnectionError):
+                writer.write(b'{"command":"echo"}\n')
+                got_in.append(await reader.readline() != b"")
+                continue
+            got_in.append(False)
+    assert got_in == [True, True, True, False, True, False, True, True, False]
+
+
+async def test_whoever_may_do_nothing_is_told_so_and_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Roles, "role_of", lambda _self, _peer: Role.NONE)
+    server = ControlServer(Daemon().handle, roles=Roles())
+    await server.listen(bind_unix(tmp_path / "s"))
+    async with raw(tmp_path) as (reader, _writer):
+        assert b'"code":"denied"' in await reader.readline()
+        assert await reader.read() == b""
+    await server.close()
+
+
 async def test_events_reach_the_subscriber_in_order(tmp_path: Path, daemon: Daemon) -> None:
     client = await ControlClient.connect(tmp_path / "s")
     await client.call("subscribe")
@@ -232,6 +263,13 @@ def test_bind_replaces_the_dead_and_respects_the_living(tmp_path: Path) -> None:
         bind_unix(tmp_path / "s")
     first.close()
     bind_unix(tmp_path / "s").close()
+
+
+def test_bind_removes_nothing_but_sockets(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("data")
+    with pytest.raises(UnavailableError, match="it is there and no socket"):
+        bind_unix(tmp_path / "precious")
+    assert (tmp_path / "precious").read_text() == "data"
 
 
 def test_bind_names_the_path_and_the_reason(tmp_path: Path) -> None:

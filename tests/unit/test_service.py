@@ -108,6 +108,27 @@ def test_the_stop_is_bounded(manager: Manager) -> None:
     assert process.returncode == 70
 
 
+def test_a_stop_before_ready_is_obeyed(manager: Manager) -> None:
+    process = manager.start("""
+        print("starting", file=sys.stderr, flush=True)
+        await asyncio.sleep(3600)
+        yield
+    """)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "starting\n"
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+
+
+def test_wrong_usage_is_64_and_the_version_is_told() -> None:
+    code = "from edgehold.service import daemon_arguments as d; d('vmand', 'Partitions.')"
+    done = subprocess.run([sys.executable, "-c", code, "--bogus"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "vmand --help says more" in done.stderr) == (64, True)
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "vmand (edgehold) 0.1.0\n")
+
+
 def test_wrong_settings_are_not_restarted(manager: Manager) -> None:
     process = manager.start('raise SettingsError("a.toml: pool.cores: unknown key")\nyield')
     _out, err = process.communicate(timeout=20)

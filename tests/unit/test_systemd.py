@@ -3,6 +3,8 @@
 import logging
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,14 @@ def test_journal_large_records_travel_as_a_memory_file(tmp_path: Path, size: int
             data += os.pread(fd, size + 1000, 0)
             os.close(fd)
     assert data.startswith(b"MESSAGE=" + b"x" * size)
+
+
+def test_text_from_a_peer_begins_no_line_of_its_own() -> None:
+    code = (
+        "import logging; from edgehold.systemd.journal import setup; setup('x');"
+        "logging.warning('id %s', 'a\\nCRITICAL forged', extra={'partition': 'b\\nforged'})"
+    )
+    env = os.environ | {"JOURNAL_STREAM": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stderr.count("\n") == 1
+    assert r"id a\nCRITICAL forged  partition=b\nforged" in done.stderr

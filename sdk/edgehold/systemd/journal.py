@@ -98,11 +98,19 @@ class JournalHandler(logging.Handler):
             os.close(fd)
 
 
+def _visible(text: str) -> str:
+    """Control characters as escapes, and not more than a screen of it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:4000])
+
+
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        # What a peer sent may stand in a message: it must not begin a line of its own. A traceback's lines are ours.
+        record.message = _visible(record.getMessage())
+        text = f"{self.formatTime(record)} {record.levelname} {record.name}: {record.message}"
         extra = " ".join(f"{name}={value}" for name, value in extra_fields(record).items() if name != "message_id")
-        return f"{text}  {extra}" if extra else text
+        line = f"{text}  {_visible(extra)}" if extra else text
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 def stderr_is_journal() -> bool:
@@ -121,7 +129,7 @@ def setup(name: str, level: str = "INFO") -> None:
         handler = JournalHandler(name)
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(_TextFormatter())
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)

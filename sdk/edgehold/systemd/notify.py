@@ -19,11 +19,12 @@ class Notifier:
         """Send ``KEY=value`` fields as one datagram. A manager that is gone is not an error of the daemon's."""
         if not self._address:
             return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sock:
-            try:
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        try:
+            with socket.socket(socket.AF_UNIX, kind) as sock:
                 sock.sendto("\n".join(fields).encode(), self._address)
-            except OSError:
-                return
+        except OSError:
+            return
 
     def ready(self, status: str = "") -> None:
         """The daemon serves from now on."""

@@ -153,8 +153,9 @@ class Daemon:
         process = self._process
         if process is None:
             return 0
-        async with asyncio.timeout(timeout_s):
-            await _ended(process.pid)
+        if process.poll() is None:
+            async with asyncio.timeout(timeout_s):
+                await _ended(process.pid)
         return process.wait()
 
     async def _end(self, number: signal.Signals, timeout_s: float) -> int:

@@ -6,16 +6,18 @@ it hold: the line, the depth, the requests under way, the bytes not read, the co
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import logging
 import os
 import socket
+import stat
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Self
 
-from edgehold.errors import BadRequestError, EdgeholdError, TimedOutError, UnavailableError, from_wire
+from edgehold.errors import BadRequestError, DeniedError, EdgeholdError, TimedOutError, UnavailableError, from_wire
 from edgehold.wire.jsonlines import (
     MAX_LINE_BYTES,
     RefusedRequest,
@@ -27,11 +29,13 @@ from edgehold.wire.jsonlines import (
     encode_request,
     encode_return,
 )
-from edgehold.wire.peer import Peer, Role, Roles, peer_of
+from edgehold.wire.peer import Peer, Role, Roles, peer_of, require
 
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 64
+ROOT_CONNECTIONS = 16
+MAX_CONNECTIONS_OF_A_USER = 24
 MAX_INFLIGHT = 16
 # What a peer has not read yet. A reader that is slower than this is cut off, so that it holds no memory of ours.
 MAX_UNREAD_BYTES = 1024 * 1024
@@ -74,7 +78,8 @@ class ControlServer:
         self._handler = handler
         self._roles = roles
         self._servers: list[asyncio.Server] = []
-        self._serving: set[asyncio.Task[None]] = set()
+        self._serving: dict[asyncio.Task[None], int] = {}
+        self._told_full = False
 
     async def listen(self, listener: socket.socket) -> None:
         """Accept on a bound and listening socket; this object owns it from now on."""
@@ -93,25 +98,36 @@ class ControlServer:
         task = asyncio.current_task()
         if task is None:  # pragma: no cover - a coroutine always runs in a task
             return
-        if len(self._serving) >= MAX_CONNECTIONS:
-            log.warning("refusing a connection: %d are open", MAX_CONNECTIONS)
+        peer = peer_of(writer.get_extra_info("socket"))
+        if self._is_full(peer):
             writer.transport.abort()
             return
-        self._serving.add(task)
-        connection: Connection | None = None
+        self._serving[task] = peer.uid
+        connection = Connection(writer, peer, self._roles.role_of(peer))
         try:
-            peer = peer_of(writer.get_extra_info("socket"))
-            connection = Connection(writer, peer, self._roles.role_of(peer))
+            require(connection.role, Role.READ, "a conversation")  # whoever may do nothing must not hold a connection
             await self._converse(connection, reader)
+        except EdgeholdError as error:
+            await connection.reply(encode_error(error, None))
         except asyncio.CancelledError:
             pass  # close(): the conversation ends here, quietly
         finally:
-            self._serving.discard(task)
-            for callback in connection.on_close if connection else ():
+            self._serving.pop(task, None)
+            for callback in connection.on_close:
                 callback()
             if writer.transport.get_write_buffer_size():
                 writer.transport.abort()  # it does not read: nothing to wait for
             writer.close()
+
+    def _is_full(self, peer: Peer) -> bool:
+        """No user may take all connections from the others; root gets in when the rest is taken."""
+        uids = list(self._serving.values())
+        room = MAX_CONNECTIONS if peer.uid == 0 else MAX_CONNECTIONS - ROOT_CONNECTIONS
+        full = len(uids) >= room or (peer.uid != 0 and uids.count(peer.uid) >= MAX_CONNECTIONS_OF_A_USER)
+        if full and not self._told_full:
+            log.warning("refusing connections, %d are open; told once until one is accepted again", len(uids))
+        self._told_full = full
+        return full
 
     async def _converse(self, connection: Connection, reader: asyncio.StreamReader) -> None:
         slots = asyncio.Semaphore(MAX_INFLIGHT)
@@ -158,10 +174,14 @@ def bind_unix(path: Path, *, mode: int = 0o660, gid: int | None = None) -> socke
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            if probe.connect_ex(str(path)) == 0:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+            # EAGAIN: somebody listens, and his backlog is full.
+            if probe.connect_ex(str(path)) in {0, errno.EAGAIN}:
                 raise UnavailableError(f"{path}: another process listens there; stop it or set another socket path")
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(path.lstat().st_mode):
+                raise UnavailableError(f"{path}: it is there and no socket; set another path", retryable=False)
+            path.unlink()
         old = os.umask(0o177)  # nobody gets in between bind and chmod
         try:
             listener.bind(str(path))
@@ -199,15 +219,20 @@ class ControlClient:
         """Open a conversation.
 
         Raises:
-            UnavailableError: nobody listens there, or this user may not open it.
+            UnavailableError: nobody listens there.
+            DeniedError: this user may not open it.
         """
         try:
             async with asyncio.timeout(timeout_s):
                 # An answer may be longer than a request: a list of all partitions is one line.
                 reader, writer = await asyncio.open_unix_connection(str(path), limit=64 * MAX_LINE_BYTES)
+        except PermissionError as error:
+            raise DeniedError(
+                f"{path}: this user may not connect; run it as root or join a group with a role"
+            ) from error
         except (OSError, TimeoutError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise UnavailableError(f"{path}: {reason}; is the daemon running, and may this user open it?") from error
+            raise UnavailableError(f"{path}: {reason}; is the daemon running?") from error
         return cls(reader, writer, path)
 
     async def call(self, command: str, args: dict[str, Any] | None = None, *, timeout_s: float = 30.0) -> Any:

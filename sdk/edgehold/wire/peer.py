@@ -75,6 +75,11 @@ class Roles:
         return Role.READ if peer.groups & self.read else Role.NONE
 
 
+def socket_mode(roles: Roles) -> int:
+    """The mode of a daemon's socket: where groups have roles anybody may connect and the roles decide; else only us."""
+    return 0o666 if roles.read or roles.operate else 0o600
+
+
 def require(role: Role, needed: Role, what: str) -> None:
     """Refuse what the role does not include.
 
