@@ -45,7 +45,7 @@ def picture(story: Story) -> str:
     above.plot(times, [s.executed_ns / NS_PER_MS for s in story.samples], color=ORANGE, marker=".", label="executed")
     above.set_ylabel("ms per period of 100 ms")
     above.legend(loc="upper right", frameon=False)
-    above.set_title("Budget and executed time of the guest's vCPU thread", loc="left")
+    above.set_title("Budget and executed time of the guest's vCPU thread", loc="left", pad=16)
     below.plot(
         [seconds(job.time_ns) for job in story.jobs], [job.response_ms for job in story.jobs], ".", ms=3, color=GREEN
     )
@@ -62,8 +62,8 @@ def picture(story: Story) -> str:
         for at_ns, name in story.marks:
             axis.axvline(seconds(at_ns), color=GREY, lw=0.8, ls=":")
             if axis is above:
-                axis.annotate(name, (seconds(at_ns), 1), xycoords=("data", "axes fraction"), xytext=(3, -10),
-                              textcoords="offset points", fontsize=8, color=GREY)  # fmt: skip
+                axis.annotate(name, (seconds(at_ns), 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+                              textcoords="offset points", fontsize=8, color=GREY, ha="center")  # fmt: skip
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     plt.close(figure)
@@ -80,7 +80,7 @@ def write(story: Story, path: Path) -> None:
     ) + (f"All {len(story.steps)} conditions held." if good else f"Failed: {failed}.")
     rows = "".join(
         f'<tr><td class="n">{step.at_s:.1f} s</td><td>{html.escape(step.name)}</td><td>{html.escape(step.detail)}</td>'
-        f'<td class="{"good" if step.good else "bad"}">{"held" if step.good else "FAILED"}</td></tr>'
+        f'<td class="{"good" if step.good else "bad"}">{"passed" if step.good else "FAILED"}</td></tr>'
         for step in story.steps
     )
     facts = "".join(

@@ -52,6 +52,8 @@ class Story:
     marks: list[tuple[int, str]] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     work_ms: float = 0.0
+    unfinished: str = ""
+    """The beginning of a console line whose end has not come yet."""
 
     def add_samples(self, history: Sequence[Sample]) -> list[Sample]:
         """Take over what is new in a history. Returns the new ones."""
@@ -61,7 +63,9 @@ class Story:
         return fresh
 
     def add_console(self, text: str, now_ns: int) -> None:
-        """Take over the guest's lines."""
+        """Take over the guest's lines; what comes is cut anywhere, so the last line waits for its end."""
+        *lines, self.unfinished = (self.unfinished + text).split("\n")
+        text = "\n".join(lines)
         for match in JOB.finditer(text):
             self.jobs.append(Job(now_ns, int(match[1]), float(match[3])))
         if calibrated := CALIBRATED.search(text):
