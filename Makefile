@@ -33,7 +33,7 @@ lint: setup build/.apt-lint ## ruff, mypy strict, import contracts, codespell, s
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell
-	shellcheck $$(git ls-files '*.sh' .ci/run)
+	shellcheck $$(git ls-files '*.sh' .ci/run tools)
 
 fmt: setup ## format the code
 	$(BIN)/ruff check --fix .

@@ -6,6 +6,7 @@
 | shutdown, destroy         | rolled forward: the guest is ended; a READY partition, or none              |
 | suspend, restore, reboot  | QEMU is asked what the guest does, and that is written                      |
 | nothing                   | a live guest is adopted; one that is off is READY, one that is gone FAILED  |
+| (QEMU does not answer)    | the state stays, with a reason; it is looked at again until it answers      |
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import logging
 import msgspec
 
 from edgehold.api.vmand import State
-from edgehold.errors import EdgeholdError, TimedOutError
+from edgehold.errors import EdgeholdError
 from vmand import model
 from vmand.model import LIVE, Record
 from vmand.service import Service
@@ -23,7 +24,10 @@ log = logging.getLogger(__name__)
 
 
 async def recover(service: Service) -> None:
-    """Bring journal and world together. One partition that can't be is FAILED with the reason; the others go on."""
+    """Bring journal and world together. One partition that can't be has the reason; the others go on.
+
+    One with a guest keeps its state: FAILED is only what was seen to have failed.
+    """
     records = service.store.all()
     await asyncio.gather(*(_settle(service, one) for one in records))
     await service.backend.sweep(service.records)
@@ -35,7 +39,14 @@ async def _settle(service: Service, record: Record) -> None:
     except EdgeholdError as error:
         log.error("partition %d: %s", record.id, error)  # noqa: TRY400 - the text is the message
         service.load(record)
-        service.put(msgspec.structs.replace(record, state=State.FAILED, reason=f"at vmand's start: {error.message}"))
+        reason = f"at vmand's start: {error.message}"
+        if record.state not in LIVE:
+            service.put(msgspec.structs.replace(record, state=State.FAILED, reason=reason))
+            return
+        # Its guest may live and be well: that we could not look is no reason to end it. Looked at again until it answers.
+        pending = record.pending if record.pending in {model.SHUTDOWN, model.DESTROY} else ""
+        service.put(msgspec.structs.replace(record, reason=reason, pending=pending))
+        service.look_again(record)
 
 
 async def _settle_one(service: Service, record: Record) -> None:
@@ -63,13 +74,7 @@ async def _adopt(service: Service, record: Record) -> None:
 
 async def _adopt_locked(service: Service, record: Record) -> None:
     if record.state in LIVE:
-        try:
-            finding = await service.backend.adopt(record)
-        except TimedOutError as error:  # it lives and does not answer: not ours to end; looked at when it does
-            log.error("partition %d: %s", record.id, error)  # noqa: TRY400 - the text is the message
-            service.put(msgspec.structs.replace(record, pending=""))
-            return
-        await service.reconcile(record, finding)
+        await service.reconcile(record, await service.backend.adopt(record))
     elif record.run:  # its guest had ended, and removing the remains was cut off
         await service.backend.end(record)
         service.put(record.at_rest(record.state, reason=record.reason))

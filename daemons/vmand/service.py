@@ -31,6 +31,8 @@ GUEST_FAILED_ID = "5f1c35a0c7d64a0d9b0c9f6b6c0d7e21"
 _PRESS_EVERY_S = 2.0
 # How long a stop of vmand waits for commands under way; what takes longer is settled at the next start.
 _DRAIN_S = 5.0
+# Pauses between looks at a guest whose QEMU does not answer.
+_LOOK_AGAIN_S, _LOOK_AGAIN_MAX_S = 0.5, 30.0
 
 
 class Service:
@@ -62,6 +64,8 @@ class Service:
         self._locks: dict[int, asyncio.Lock] = {}
         self._creating = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._looking: set[str] = set()
+        self._closing = asyncio.Event()
         backend.begin(changed=self._changed, output=self.hub.console)
 
     # What is there
@@ -221,9 +225,9 @@ class Service:
         """Write what was found. Asked for with the partition's lock held."""
         state = AFTER[finding.found]
         if state in LIVE:
-            if state is record.state and not record.pending:
+            if state is record.state and not record.pending and record.reason == finding.reason:
                 return record
-            return self._put_late(msgspec.structs.replace(record, state=state, pending=""))
+            return self._put_late(msgspec.structs.replace(record, state=state, pending="", reason=finding.reason))
         ended = "off" if finding.found is Found.OFF else "failed"
         self.guest_ends[ended] += 1
         reason = finding.reason or ("the guest powered itself off" if state is State.READY else finding.found.value)
@@ -251,6 +255,12 @@ class Service:
         """Write that a partition is gone, as recovery found it."""
         self._forget(record)
 
+    def look_again(self, record: Record) -> None:
+        """Look at a guest that could not be looked at, later and until it can be."""
+        if record.run not in self._looking and not self._closing.is_set():
+            self._looking.add(record.run)
+            self.spawn(self._see_later(record.id, record.run), f"look again at partition {record.id}")
+
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run something to its end, whoever asked for it and went away. A bug in it ends the daemon."""
         task = asyncio.create_task(work, name=name)
@@ -260,6 +270,7 @@ class Service:
 
     async def close(self) -> None:
         """Let commands under way end, then let go of the guests; they live on."""
+        self._closing.set()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_DRAIN_S)
         for task in list(self._tasks):
@@ -304,16 +315,45 @@ class Service:
         self.spawn(self._see(partition, run), f"look at partition {partition}")
 
     async def _see(self, partition: int, run: str) -> None:
-        if partition not in self._records:
+        if self._current(partition, run) is None:
             return
         async with self.lock(partition):
-            record = self._records.get(partition)
-            if record is None or record.run != run or record.state not in LIVE:
+            record = self._current(partition, run)
+            if record is None:
                 return  # a command has dealt with it meanwhile
             try:
                 await self.reconcile(record, await self.backend.look(record))
             except EdgeholdError as error:
                 log.warning("partition %d can't be looked at: %s", partition, error)
+                self.look_again(record)
+
+    def _current(self, partition: int, run: str) -> Record | None:
+        """The partition, as long as this run of its guest is the present one."""
+        record = self._records.get(partition)
+        return record if record is not None and record.run == run and record.state in LIVE else None
+
+    async def _see_later(self, partition: int, run: str) -> None:
+        """Until QEMU answers: what it could not say once (the guest is off, or panicked) it says only when asked."""
+        pause_s = _LOOK_AGAIN_S
+        try:
+            while (record := self._current(partition, run)) is not None and not await self._closes_within(pause_s):
+                pause_s = min(pause_s * 2, _LOOK_AGAIN_MAX_S)
+                try:
+                    await self.backend.look(record)  # without the lock: a command need not wait for a QEMU that hangs
+                except EdgeholdError as error:
+                    log.debug("partition %d still can't be looked at: %s", partition, error)
+                else:
+                    break
+        finally:
+            self._looking.discard(run)
+        if not self._closing.is_set():
+            await self._see(partition, run)
+
+    async def _closes_within(self, pause_s: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self._closing.wait()
+        return self._closing.is_set()
 
     def _task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

@@ -87,6 +87,7 @@ class FakeBackend:
         return await self.look(record)
 
     async def look(self, record: Record) -> Finding:
+        self._try("look")
         return Finding(found=self.world.guests.get(record.run, Found.GONE), reason="")
 
     async def suspend(self, record: Record) -> None:
@@ -125,7 +126,7 @@ class FakeBackend:
     async def sweep(self, records: Collection[Record]) -> None:
         for uuid in set(self.world.memory) - {one.uuid for one in records}:
             del self.world.memory[uuid]
-        for run in set(self.world.guests) - {one.run for one in records if one.state in model.LIVE}:
+        for run in set(self.world.guests) - {one.run for one in records if one.run}:
             del self.world.guests[run]
 
     async def close(self) -> None:
@@ -503,7 +504,7 @@ async def _cut(*_args: object, **_options: object) -> None:
     raise Cut
 
 
-async def test_a_partition_that_can_not_be_recovered_is_failed_and_the_others_live(
+async def test_a_guest_that_can_not_be_adopted_keeps_its_state_and_lives(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = await daemon.make(State.DEPLOYED), await daemon.make(State.DEPLOYED)
@@ -517,8 +518,62 @@ async def test_a_partition_that_can_not_be_recovered_is_failed_and_the_others_li
     monkeypatch.setattr(FakeBackend, "adopt", adopt)
     await daemon.again()
     assert daemon.service.status(good).state is State.DEPLOYED
-    assert daemon.service.status(bad).state is State.FAILED
+    assert daemon.service.status(bad).state is State.DEPLOYED
     assert "no such luck" in daemon.service.status(bad).reason
+    assert daemon.service.record(bad).run in daemon.world.guests
+    await daemon.until(lambda: daemon.service.status(bad).reason == "")  # looked at again, and well
+    assert [row.state for row in daemon.rows()] == [State.DEPLOYED, State.DEPLOYED]
+
+
+@pytest.mark.parametrize("command", [model.SHUTDOWN, model.DESTROY, model.DEPLOY])
+async def test_a_cut_off_command_that_can_not_be_settled(
+    daemon: Daemon, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What had a guest keeps its state, and the guest is not swept away; the rest is FAILED."""
+    one = await daemon.make({model.SHUTDOWN: State.DEPLOYED, model.DESTROY: State.SUSPENDED}.get(command, State.READY))
+    record = daemon.service.record(one)
+    run = record.run or "r"
+    daemon.store.save(msgspec.structs.replace(record, pending=command, run=run))
+    daemon.world.guests[run] = Found.RUNNING
+
+    async def end(_self: FakeBackend, _record: Record) -> None:
+        raise TimedOutError("it hangs in a device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeBackend, "end", end)
+        await daemon.again()
+        assert daemon.service.status(one).state is (record.state if record.state in model.LIVE else State.FAILED)
+        assert "hangs in a device" in daemon.service.status(one).reason
+        assert run in daemon.world.guests
+    await daemon.again()  # and now it can be
+    assert daemon.world.guests == {}
+    assert [row.state for row in daemon.rows()] == ([] if command == model.DESTROY else [State.READY])
+
+
+@pytest.mark.parametrize("found", [Found.OFF, Found.FAILED])
+async def test_what_qemu_could_not_say_at_once_is_asked_again(
+    daemon: Daemon, found: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmand.service._LOOK_AGAIN_S", 0.001)
+    one = await daemon.make(State.DEPLOYED)
+    run = daemon.service.record(one).run
+    daemon.world.guests[run] = found
+    daemon.backend.fail["look"] = TimedOutError("no answer")
+    daemon.backend.changed(one, run)
+    await asyncio.sleep(0.02)
+    assert daemon.service.status(one).state is State.DEPLOYED
+    daemon.backend.fail.clear()
+    await daemon.until(lambda: daemon.service.status(one).state is model.AFTER[found])
+
+
+async def test_a_stop_does_not_wait_for_a_guest_that_does_not_answer(daemon: Daemon) -> None:
+    one = await daemon.make(State.DEPLOYED)
+    daemon.backend.fail["look"] = TimedOutError("no answer")
+    daemon.backend.changed(one, daemon.service.record(one).run)
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(1):
+        await daemon.again()
+    assert daemon.service.status(one).state is State.DEPLOYED
 
 
 async def test_a_hung_guest_is_not_ended_by_a_restart(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:

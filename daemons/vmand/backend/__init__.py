@@ -98,7 +98,10 @@ class Backend(Protocol):
         """The last output of the guest's console. What its watchers have not been given yet is given to them first."""
 
     async def sweep(self, records: Collection[Record]) -> None:
-        """Remove processes, directories and memory in our own places that belong to none of these partitions."""
+        """Remove processes, directories and memory in our own places that belong to none of these partitions.
+
+        The run of a partition that is among them is left alone, whatever the partition's state.
+        """
 
     async def close(self) -> None:
         """Let go of all guests; they live on."""

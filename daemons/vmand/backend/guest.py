@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -74,8 +75,8 @@ class Guest:
         """How the process ended."""
         return f"{self.process.cause}{last_line(self._directory / LOG)}"
 
-    async def look(self) -> Finding:
-        """What the guest does now.
+    async def look(self, *, limit_s: float = math.inf) -> Finding:
+        """What the guest does now; QEMU is given at most ``limit_s`` to say so.
 
         Raises:
             TimedOutError: QEMU does not say so in time.
@@ -83,7 +84,7 @@ class Guest:
         if self.process.ended:
             return Finding(found=Found.GONE, reason=self.cause)
         try:
-            found, word = await self.monitor.status()
+            found, word = await self.monitor.status(limit_s=limit_s)
         except EdgeholdError:
             if await self.process.wait(0.2):  # its monitor closed because it died
                 return Finding(found=Found.GONE, reason=self.cause)

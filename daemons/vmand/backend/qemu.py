@@ -19,10 +19,12 @@ from vmand.backend.kvm import Accelerators
 from vmand.backend.launcher import Process
 from vmand.backend.memory import MemoryFiles
 from vmand.config import Config
-from vmand.model import LIVE, MIB, Found, Images, Record, parse_cores
+from vmand.model import MIB, Found, Images, Record, parse_cores
 
 log = logging.getLogger(__name__)
 
+# A start does not wait longer for a QEMU that hangs: its record stays as it is, and it is looked at again later.
+_FIRST_LOOK_S = 2.0
 _RUN_DIR = re.compile(r"[0-9]{1,10}")
 
 
@@ -113,11 +115,13 @@ class QemuBackend:
         process = Process.open(record.pid or 0, record.run, started=record.start_ticks, unit=record.unit)
         if process is None:
             return Finding(found=Found.GONE, reason="its process ended while vmand was away")
-        return await self._hold(record, process).look()
+        return await self._hold(record, process).look(limit_s=_FIRST_LOOK_S)
 
     async def look(self, record: Record) -> Finding:
         guest = self._guests.get(record.id)
-        if guest is None or guest.run != record.run:
+        if guest is None:  # a start could not adopt it
+            return await self.adopt(record)
+        if guest.run != record.run:
             return Finding(found=Found.GONE, reason="its process ended")
         return await guest.look()
 
@@ -157,10 +161,11 @@ class QemuBackend:
         return guest.console.text
 
     async def sweep(self, records: Collection[Record]) -> None:
-        keep = {one.run for one in records if one.state in LIVE}
+        # Whatever its state: the process of a known run is ended by a command, or by what was found, never by a sweep.
+        keep = {one.run for one in records if one.run}
         strangers = {run for _pid, run in self._processes() if run not in keep}
         await self._end_remains(strangers)
-        live = {str(one.id) for one in records if one.state in LIVE}
+        live = {str(one.id) for one in records if one.run}
         for entry in list(self._runs.iterdir()):
             if _RUN_DIR.fullmatch(entry.name) and entry.name not in live:
                 shutil.rmtree(entry, ignore_errors=True)

@@ -6,6 +6,7 @@ QEMU serves one monitor client at a time. The connection is made, and made again
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,16 @@ _RETRY_MAX_S = 1.0
 
 STATUS: dict[str, Found] = {
     "running": Found.RUNNING,
+    "suspended": Found.RUNNING,  # the guest sleeps (ACPI S3) until something wakes it: its own affair
     "debug": Found.PAUSED,
     "paused": Found.PAUSED,
     "prelaunch": Found.PAUSED,
+    "inmigrate": Found.PAUSED,
+    "postmigrate": Found.PAUSED,
+    "finish-migrate": Found.PAUSED,
+    "save-vm": Found.PAUSED,
+    "restore-vm": Found.PAUSED,
+    "colo": Found.PAUSED,
     "shutdown": Found.OFF,
     "guest-panicked": Found.FAILED,
     "internal-error": Found.FAILED,
@@ -72,8 +80,8 @@ class Monitor:
         except TimeoutError:
             raise TimedOutError(f"QEMU of {self._who} does not greet on its monitor within {timeout_s:g} s") from None
 
-    async def call(self, command: str, arguments: dict[str, object] | None = None) -> Any:
-        """One command, its answer.
+    async def call(self, command: str, arguments: dict[str, object] | None = None, *, limit_s: float = math.inf) -> Any:
+        """One command, its answer, waited for as long as the settings say and at most ``limit_s``.
 
         Raises:
             TimedOutError: no answer in time: QEMU hangs, or gets too little of the CPU.
@@ -82,16 +90,17 @@ class Monitor:
         """
         from qemu.qmp import ExecuteError, QMPError  # noqa: PLC0415 - 4 MB that a vmand without guests need not hold
 
-        await self.wait_connected(self._timeout_s)
+        timeout_s = min(self._timeout_s, limit_s)
+        await self.wait_connected(timeout_s)
         client = self._client
         if client is None:
             raise UnavailableError(f"QEMU of {self._who} closed its monitor")
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(timeout_s):
                 return await client.execute(command, arguments)
         except TimeoutError:
             raise TimedOutError(
-                f"QEMU of {self._who} did not answer to {command} within {self._timeout_s:g} s; "
+                f"QEMU of {self._who} did not answer to {command} within {timeout_s:g} s; "
                 "it hangs or has too little CPU; shutdown with force ends it"
             ) from None
         except ExecuteError as error:
@@ -99,9 +108,9 @@ class Monitor:
         except QMPError as error:
             raise UnavailableError(f"QEMU of {self._who} closed its monitor during {command}") from error
 
-    async def status(self) -> tuple[Found | None, str]:
+    async def status(self, *, limit_s: float = math.inf) -> tuple[Found | None, str]:
         """What the guest does, and QEMU's own word for it."""
-        word = str((await self.call("query-status"))["status"])
+        word = str((await self.call("query-status", limit_s=limit_s))["status"])
         return STATUS.get(word), word
 
     def give_up(self) -> None:
