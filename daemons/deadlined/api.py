@@ -27,6 +27,15 @@ def decode(text: bytes) -> AttachRequest:
         raise BadRequestError(f"the body is no request to attach: {error}") from None
 
 
+def _last(request: web.Request) -> int | None:
+    text = request.query.get("last")
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise BadRequestError(f"last={text[:40]!r}: not a number of samples")
+    return int(text)
+
+
 def routes(service: "Service") -> list[Route]:
     """What the application serves, beside /healthz and /metrics."""
 
@@ -37,7 +46,7 @@ def routes(service: "Service") -> list[Route]:
         return answer(service.attachments())
 
     async def detail(request: web.Request) -> web.Response:
-        return answer(service.detail(number(request, "attachment")))
+        return answer(service.detail(number(request, "attachment"), _last(request)))
 
     async def detach(request: web.Request) -> web.Response:
         service.detach(number(request, "attachment"))

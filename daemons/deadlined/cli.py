@@ -1,6 +1,7 @@
 """deadlinectl: what a person types to hold threads, processes and partitions by reservations, and to watch them."""
 
 import asyncio
+import math
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,6 +13,9 @@ import msgspec
 from edgehold import cli
 from edgehold.api.deadlined import (
     DEFAULT_SOCKET,
+    MAX_PERIOD_NS,
+    MIN_PERIOD_NS,
+    MIN_RUNTIME_NS,
     Attachment,
     AttachmentDetail,
     Capacity,
@@ -21,7 +25,6 @@ from edgehold.api.deadlined import (
     TargetKind,
 )
 from edgehold.clock import NS_PER_MS
-from edgehold.errors import BadRequestError
 
 T = TypeVar("T")
 _HEADER = ("ID", "TARGET", "TID", "NAME", "STATE", "BUDGET/ms", "PERIOD/ms", "EXECUTED/ms", "WAITED/ms", "L")
@@ -47,6 +50,9 @@ def _ask(output: cli.Output, work: Callable[[DeadlinedClient], Awaitable[T]]) ->
 
 def _ms(ns: int) -> str:
     return f"{ns / NS_PER_MS:.2f}"
+
+
+_BUDGET_MS = click.FloatRange(MIN_RUNTIME_NS / NS_PER_MS, MAX_PERIOD_NS / NS_PER_MS)
 
 
 def threads_table(attachments: list[Attachment]) -> str:
@@ -84,48 +90,83 @@ def _target(tid: int | None, pid: int | None, partition: int | None) -> Target:
     return Target(kind=given[0][0], id=given[0][1])
 
 
+def budgets(*, period_ms: float, cap: float, budget_ms: float | None, min_budget_ms: float | None) -> tuple[int, int]:
+    """The first budget and the floor in nanoseconds; what was not given follows the rest.
+
+    Raises:
+        click.UsageError: they can't all be; names the options.
+    """
+    if any(math.isnan(one) for one in (period_ms, cap, budget_ms or 0, min_budget_ms or 0)):
+        raise click.UsageError("nan is no number")
+    largest_ns = int(cap * round(period_ms * NS_PER_MS))
+    if largest_ns < MIN_RUNTIME_NS:
+        raise click.UsageError(
+            f"--cap x --period-ms is {largest_ns / NS_PER_MS:g} ms, less than the kernel's smallest budget "
+            f"({MIN_RUNTIME_NS / NS_PER_MS:g} ms)"
+        )
+    floor_ns = round(min_budget_ms * NS_PER_MS) if min_budget_ms is not None else None
+    if budget_ms is not None:
+        budget_ns = round(budget_ms * NS_PER_MS)
+    else:
+        budget_ns = min(max(_DEFAULT.initial_budget_ns, floor_ns or 0), largest_ns)
+    if floor_ns is None:
+        floor_ns = min(_DEFAULT.min_budget_ns, budget_ns)
+    for name, one in (("--budget-ms", budget_ns), ("--min-budget-ms", floor_ns)):
+        if one > largest_ns:
+            raise click.UsageError(
+                f"{name} ({one / NS_PER_MS:g}) is above --cap x --period-ms ({largest_ns / NS_PER_MS:g} ms)"
+            )
+    if floor_ns > budget_ns:
+        raise click.UsageError(
+            f"--min-budget-ms ({floor_ns / NS_PER_MS:g}) is above --budget-ms ({budget_ns / NS_PER_MS:g})"
+        )
+    return budget_ns, floor_ns
+
+
 @deadlinectl.command()
 @click.option("--tid", type=click.IntRange(1), help="One thread.")
 @click.option("--pid", type=click.IntRange(1), help="A process: all its threads, and those that it starts later.")
 @click.option("--partition", type=click.IntRange(1), help="The virtual CPUs of a shared partition of vmand's.")
-@click.option("--period-ms", type=float, default=_DEFAULT.period_ns / NS_PER_MS, show_default=True, help="P.")
 @click.option(
-    "--budget-ms", type=float, default=_DEFAULT.initial_budget_ns / NS_PER_MS, show_default=True,
+    "--period-ms", type=click.FloatRange(MIN_PERIOD_NS / NS_PER_MS, MAX_PERIOD_NS / NS_PER_MS),
+    default=_DEFAULT.period_ns / NS_PER_MS, show_default=True, help="P.",
+)  # fmt: skip
+@click.option(
+    "--budget-ms", type=_BUDGET_MS, show_default=f"{_ms(_DEFAULT.initial_budget_ns)}, at most cap x period",
     help="The first budget; the rule finds the right one.",
 )  # fmt: skip
 @click.option(
-    "--overallocation", type=float, default=_DEFAULT.overallocation, show_default=True,
+    "--overallocation", type=click.FloatRange(0, 4, min_open=True), default=_DEFAULT.overallocation, show_default=True,
     help="The share above the measured need.",
 )  # fmt: skip
 @click.option(
-    "--window", type=int, default=_DEFAULT.window, show_default=True, help="Samples of which the largest counts."
-)
-@click.option("--cap", type=float, default=_DEFAULT.cap, show_default=True, help="The largest share of the period.")
+    "--window", type=click.IntRange(1, 1000), default=_DEFAULT.window, show_default=True,
+    help="Samples of which the largest counts.",
+)  # fmt: skip
 @click.option(
-    "--min-budget-ms", type=float, default=_DEFAULT.min_budget_ns / NS_PER_MS, show_default=True, help="The floor."
-)
+    "--cap", type=click.FloatRange(0, 0.95, min_open=True), default=_DEFAULT.cap, show_default=True,
+    help="The largest share of the period.",
+)  # fmt: skip
+@click.option(
+    "--min-budget-ms", type=_BUDGET_MS, show_default=f"{_ms(_DEFAULT.min_budget_ns)}, at most the first budget",
+    help="The floor.",
+)  # fmt: skip
 @click.pass_obj
 def attach(
-    output: cli.Output, *, tid: int | None, pid: int | None, partition: int | None, period_ms: float, budget_ms: float,
-    overallocation: float, window: int, cap: float, min_budget_ms: float,
+    output: cli.Output, *, tid: int | None, pid: int | None, partition: int | None, period_ms: float,
+    budget_ms: float | None, overallocation: float, window: int, cap: float, min_budget_ms: float | None,
 ) -> None:  # fmt: skip
     """Hold a thread, a process or a partition from now on."""
     target = _target(tid, pid, partition)
-    try:
-        # Through the codec, so that the bounds are those of the contract and the text names the field.
-        policy = msgspec.convert(
-            {
-                "period_ns": round(period_ms * NS_PER_MS),
-                "initial_budget_ns": round(budget_ms * NS_PER_MS),
-                "overallocation": overallocation,
-                "window": window,
-                "cap": cap,
-                "min_budget_ns": round(min_budget_ms * NS_PER_MS),
-            },
-            Policy,
-        )
-    except (msgspec.ValidationError, ValueError, OverflowError) as error:
-        raise BadRequestError(f"policy: {error}") from None
+    budget_ns, floor_ns = budgets(period_ms=period_ms, cap=cap, budget_ms=budget_ms, min_budget_ms=min_budget_ms)
+    policy = Policy(
+        period_ns=round(period_ms * NS_PER_MS),
+        initial_budget_ns=budget_ns,
+        overallocation=overallocation,
+        window=window,
+        cap=cap,
+        min_budget_ns=floor_ns,
+    )
     one = _ask(output, lambda client: client.attach(target, policy))
     output.show(one, lambda: threads_table([one]))
 
@@ -136,7 +177,7 @@ def attach(
 def detach(output: cli.Output, *, attachment: int) -> None:
     """Give an attachment's threads their own policy back."""
     _ask(output, lambda client: client.detach(attachment))
-    output.show({"detached": attachment}, lambda: "")
+    output.show({"detached": attachment}, lambda: f"attachment {attachment}: detached")
 
 
 @deadlinectl.command("list")
@@ -149,10 +190,12 @@ def list_(output: cli.Output) -> None:
 
 @deadlinectl.command()
 @click.argument("attachment", type=click.IntRange(1))
+@click.option("--last", type=click.IntRange(0, 10**9), help="So many samples.  [default: 20; with --json: all]")
 @click.pass_obj
-def show(output: cli.Output, *, attachment: int) -> None:
+def show(output: cli.Output, *, attachment: int, last: int | None) -> None:
     """One attachment and its last samples."""
-    detail = _ask(output, lambda client: client.attachment(attachment))
+    wanted = 20 if last is None and not output.as_json else last
+    detail = _ask(output, lambda client: client.attachment(attachment, last=wanted))
     output.show(detail, lambda: _detail_text(detail))
 
 
@@ -163,7 +206,7 @@ def _detail_text(detail: AttachmentDetail) -> str:
             f"{(one.time_ns - now) / 1e9:.1f}", one.tid, _ms(one.executed_ns), _ms(one.run_delay_ns), one.multiplier,
             _ms(one.budget_ns),
         )
-        for one in detail.history[-20:]
+        for one in detail.history
     ]  # fmt: skip
     policy = detail.attachment.policy
     rule = (

@@ -24,10 +24,10 @@ class Settings:
     vmand_socket: str = "/run/vmand/control.sock"
     cycle_ms: Annotated[int, msgspec.Meta(ge=10, le=60_000)] = 500
     """T: every so often budgets are sized anew."""
-    history: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 600
-    """Samples that are kept for each thread."""
+    history: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 600
+    """Samples that are kept for each thread; with more than 64 threads each has its part of 64 times that."""
     max_attachments: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1000
-    max_threads: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 5000
+    max_threads: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 5000
     """Threads in all: each keeps a descriptor open."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     access: Access = Access()

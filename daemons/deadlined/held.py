@@ -40,6 +40,8 @@ class Thread:
     """Since when it wants to run and does not; 0: it is not suspected."""
     look_at_ns: int = 0
     """When to look (again) whether a thread that does not execute sleeps."""
+    check_at_ns: int = 0
+    """When to ask (again) whether it still is in our reservation."""
     stuck: int = 0
     """How often in a row the kernel left it throttled."""
 
@@ -75,24 +77,28 @@ class Attached:
     cycles: int = 0
     left_out: int = 0
     """Threads that did not fit into max_threads."""
+    trouble: str = ""
+    """Why its threads could not be looked at in the last cycle."""
 
     def message(self) -> Attachment:
         """As the API tells it."""
         threads = tuple(self.threads[tid].status() for tid in sorted(self.threads))
-        left_out = f"{self.left_out} threads are left out: deadlined's max_threads is reached" if self.left_out else ""
+        number = f"{self.left_out} thread{' is' if self.left_out == 1 else 's are'}"
+        left_out = f"{number} left out: deadlined's max_threads is reached" if self.left_out else ""
         return Attachment(
             id=self.id,
             target=self.target,
             policy=self.policy,
             threads=threads,
             cycles=self.cycles,
-            reason=self.source.over or self.source.reason or left_out,
+            reason=self.source.over or self.trouble or self.source.reason or left_out,
         )
 
-    def history(self) -> tuple[Sample, ...]:
-        """Every kept sample of every thread, oldest first."""
+    def history(self, last: int | None = None) -> tuple[Sample, ...]:
+        """The kept samples of every thread, oldest first; all, or only the last ones."""
         samples = [sample for thread in self.threads.values() for sample in thread.history]
-        return tuple(sorted(samples, key=lambda sample: (sample.time_ns, sample.tid)))
+        samples.sort(key=lambda sample: (sample.time_ns, sample.tid))
+        return tuple(samples if last is None else samples[max(len(samples) - last, 0) :])
 
 
 def rule_config(policy: Policy) -> RuleConfig:

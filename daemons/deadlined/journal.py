@@ -3,17 +3,18 @@
 It must survive the daemon, not the host: thread ids, policies and bandwidth end with the boot, and rows of another boot
 are thrown away unread. So nothing is synced to the disk, and a commit costs tens of microseconds. A row names a thread
 by tid *and* start time: a reused tid is never touched.
+
+Every fault of the database leaves here as `FailedError`: a full disk is a reason to hold nobody new, never one to stop.
 """
 
 import contextlib
-import fcntl
 import logging
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgehold.directories import owned
 from edgehold.errors import FailedError
 from edgehold.kernel.sched import Flag, Policy, SchedAttr
 
@@ -28,8 +29,13 @@ CREATE TABLE IF NOT EXISTS held (
     PRIMARY KEY (tid, start_ticks));
 CREATE TABLE IF NOT EXISTS gaps (
     tid INTEGER NOT NULL, start_ticks INTEGER NOT NULL, until_ns INTEGER NOT NULL, PRIMARY KEY (tid, start_ticks));
+CREATE TABLE IF NOT EXISTS numbers (last INTEGER NOT NULL);
 PRAGMA user_version = 1;
 """
+# Only these say that the file itself is no journal any more. A full disk, a lock, a failing read say nothing about it.
+_BROKEN = frozenset({sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT})
+# Nobody else has business in it; who looks into it by hand must not stop the cycle for long.
+_LOCKED_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,35 +56,39 @@ class Journal:
         """Open or make it.
 
         Raises:
-            FailedError: another daemon uses the directory, or it can't be written.
+            UnavailableError: another daemon uses the directory, or it is somebody else's.
+            FailedError: the journal can't be used.
         """
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(owned(directory, mode=0o700, who="deadlined"))
+        self._path = directory / "journal.db"
         try:
-            directory.mkdir(mode=0o750, parents=True, exist_ok=True)
-            self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise FailedError(f"{directory}: {error.strerror}; deadlined keeps there what it must restore") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise FailedError(
-                f"{directory}: another deadlined uses it; stop that one or set another state_dir"
-            ) from error
-        path = directory / "journal.db"
-        try:
-            self._db = self._open(path, boot_id)
-        except sqlite3.DatabaseError:
-            log.exception(
-                "the journal can't be read and is put aside as %s.broken; what a killed deadlined held stays held", path
-            )
+            self._db = self._open_or_put_aside(boot_id)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _open_or_put_aside(self, boot_id: str) -> sqlite3.Connection:
+        path = self._path
+        with self._boundary():
+            try:
+                return self._open(path, boot_id)
+            except sqlite3.DatabaseError as error:
+                # The extended code has the primary one in its last byte (sqlite.org/rescode.html).
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _BROKEN:
+                    raise
+                log.exception(
+                    "the journal can't be read and is put aside as %s.broken; what a killed deadlined held stays held",
+                    path,
+                )
             for old in (path, path.with_name("journal.db-wal"), path.with_name("journal.db-shm")):
                 if old.exists():
                     old.replace(f"{old}.broken")
-            self._db = self._open(path, boot_id)
+            return self._open(path, boot_id)
 
     @staticmethod
     def _open(path: Path, boot_id: str) -> sqlite3.Connection:
-        db = sqlite3.connect(path, isolation_level=None)
+        db = sqlite3.connect(path, isolation_level=None, timeout=_LOCKED_S)
         try:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = OFF")  # see the module's text: durable against our death, not the host's
@@ -86,6 +96,8 @@ class Journal:
             if [row[0] for row in db.execute("SELECT id FROM boot")] != [boot_id]:
                 db.executescript("DELETE FROM held; DELETE FROM gaps; DELETE FROM boot")
                 db.execute("INSERT INTO boot VALUES (?)", (boot_id,))
+            for table in ("held", "gaps", "numbers"):  # what is broken in them is to be found now
+                db.execute(f"SELECT * FROM {table}").fetchall()  # noqa: S608 - our own names
         except BaseException:
             db.close()
             raise
@@ -94,20 +106,37 @@ class Journal:
     def close(self) -> None:
         """Let another daemon have it."""
         self._db.close()
-        os.close(self._lock)
+        self._stack.close()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+        with self._boundary():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # some errors have rolled it back already
+                    with contextlib.suppress(sqlite3.Error):
+                        self._db.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _boundary(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        except (sqlite3.Error, OSError) as error:
+            raise FailedError(
+                f"{self._path}: {error}; deadlined must write there what to restore before it changes anything: make "
+                "room, or set another state_dir"
+            ) from error
 
     def hold(self, rows: Iterable[Row]) -> None:
-        """Before the policies change: what these threads have now. A row that is there already is replaced."""
+        """Before the policies change: what these threads have now. A row that is there already is replaced.
+
+        Raises:
+            FailedError: it is not on disk; no policy may change.
+        """
         with self._transaction():
             self._db.executemany(
                 "INSERT OR REPLACE INTO held VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -122,15 +151,29 @@ class Journal:
             )  # fmt: skip
 
     def release(self, threads: Iterable[tuple[int, int, int]]) -> None:
-        """After the policies changed: (tid, start_ticks, until_ns); not to be attached again before (0: gone)."""
+        """After the policies changed: (tid, start_ticks, until_ns); not to be attached again before (0: gone).
+
+        Raises:
+            FailedError: the rows stay; at the next start each means a gap that is longer than needed, and no more.
+        """
         with self._transaction():
             for tid, start_ticks, until_ns in threads:
                 self._db.execute("DELETE FROM held WHERE tid = ? AND start_ticks = ?", (tid, start_ticks))
                 if until_ns:
                     self._db.execute("INSERT OR REPLACE INTO gaps VALUES (?, ?, ?)", (tid, start_ticks, until_ns))
 
+    def number(self) -> int:
+        """A number for an attachment that none ever had in this directory. Raises `FailedError`."""
+        with self._transaction():
+            last = self._db.execute("SELECT max(last) FROM numbers").fetchone()[0] or 0
+            self._db.execute("DELETE FROM numbers")
+            self._db.execute("INSERT INTO numbers VALUES (?)", (last + 1,))
+        return int(last) + 1
+
     def held(self) -> list[Row]:
-        """What a predecessor left behind."""
+        """What a predecessor left behind. Raises `FailedError`."""
+        with self._boundary():
+            rows = self._db.execute("SELECT * FROM held ORDER BY tid").fetchall()
         return [
             Row(
                 tid=tid,
@@ -141,12 +184,16 @@ class Journal:
                 period_ns=period,
                 max_budget_ns=largest,
             )
-            for tid, start, policy, flags, nice, priority, slice_ns, period, largest in self._db.execute(
-                "SELECT * FROM held ORDER BY tid"
-            )
+            for tid, start, policy, flags, nice, priority, slice_ns, period, largest in rows
         ]
 
     def gaps(self, now_ns: int) -> dict[tuple[int, int], int]:
-        """(tid, start_ticks) -> CLOCK_MONOTONIC in ns before which it must not be attached. Forgets what is over."""
-        self._db.execute("DELETE FROM gaps WHERE until_ns <= ?", (now_ns,))
-        return {(tid, start): until for tid, start, until in self._db.execute("SELECT * FROM gaps")}
+        """(tid, start_ticks) -> CLOCK_MONOTONIC in ns before which it must not be attached. Raises `FailedError`."""
+        with self._boundary():
+            rows = self._db.execute("SELECT * FROM gaps WHERE until_ns > ?", (now_ns,)).fetchall()
+        return {(tid, start): until for tid, start, until in rows}
+
+    def prune(self, now_ns: int) -> None:
+        """Forget the gaps that are over. Raises `FailedError`."""
+        with self._transaction():
+            self._db.execute("DELETE FROM gaps WHERE until_ns <= ?", (now_ns,))

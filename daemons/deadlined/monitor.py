@@ -4,18 +4,19 @@ Nothing here waits, so nothing of the API happens in the middle of a cycle. The 
 control: what one thread gives up can be another's a moment later.
 """
 
+import contextlib
 import errno
 import logging
 from collections import deque
 
 from deadlined import watchdog
 from deadlined.held import Attached, Thread, rule_config
-from deadlined.holder import Holder
+from deadlined.holder import Holder, no_descriptor
 from deadlined.metrics import Metrics
 from deadlined.rules import ReferenceRule
 from deadlined.targets import Source
 from deadlined.watchdog import Verdict
-from edgehold.api.deadlined import Policy, Sample, Target
+from edgehold.api.deadlined import Policy, Sample, Target, ThreadState
 from edgehold.clock import Clock
 from edgehold.errors import EdgeholdError
 from edgehold.kernel import procfs
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # Below this a change is not worth a system call.
 _LEAST_CHANGE_NS = 1000
+# So many threads have as long a history as is set; with more, each has less, so that the sum stays the same.
+_FULL_HISTORIES = 64
 Change = tuple[Thread, Attached, int]
 
 
@@ -51,25 +54,42 @@ class Monitor:
     def adopt(
         self, number: int, target: Target, policy: Policy, source: Source
     ) -> tuple[Attached, dict[int, EdgeholdError]]:
-        """Begin to hold a target. Returns it, and why threads of it could not be attached (they wait)."""
+        """Begin to hold a target. Returns it, and why threads of it could not be attached (they wait).
+
+        Owns the source once it returns. Raises `OSError` (no descriptor is left); nothing is held then.
+        """
         one = Attached(id=number, target=target, policy=policy, config=rule_config(policy), source=source)
         self.attachments[number] = one
-        refused = self._rescan(one)
+        try:
+            refused = self._rescan(one)
+        except BaseException:
+            # The caller still owns the source.
+            del self.attachments[number]
+            with contextlib.ExitStack() as all_of_them:
+                self._drop_all(one, all_of_them)
+            raise
         self._metrics.update(self.attachments.values())
         return one, refused
 
     def release(self, one: Attached) -> None:
-        """Give every thread its own policy back and forget the target."""
+        """Give every thread its own policy back, whatever fails for one of them, and forget the target."""
         del self.attachments[one.id]
-        for thread in list(one.threads.values()):
-            self._drop(one, thread)
-        one.source.close()
+        with contextlib.ExitStack() as all_of_them:
+            all_of_them.callback(one.source.close)
+            self._drop_all(one, all_of_them)
         self._metrics.update(self.attachments.values())
 
     def cycle(self) -> None:
         """One monitoring cycle over everything."""
         for one in list(self.attachments.values()):
-            self._rescan(one)
+            try:
+                self._rescan(one)
+            except OSError as error:
+                if not procfs.is_exhausted(error):
+                    raise
+                one.trouble = no_descriptor().message  # what is known stays, and is looked at again in the next cycle
+            else:
+                one.trouble = ""
         # Decreases first; sorting keeps the order of the rest.
         for thread, one, wanted in sorted(self._look(), key=lambda change: change[2] >= change[0].budget_ns):
             self._change(thread, one, wanted)
@@ -85,9 +105,12 @@ class Monitor:
         """Sample every held thread, care for the ended and the stuck, and ask the rules of the others."""
         samples = self._holder.sampler.sample()
         changes: list[Change] = []
+        room = max(self._history * _FULL_HISTORIES // max(len(self._owners), _FULL_HISTORIES), 1)
         for one in self.attachments.values():
             one.cycles += 1
             for thread in list(one.threads.values()):
+                while len(thread.history) > room:
+                    thread.history.popleft()
                 sample = samples.get(thread.tid)
                 if sample is None:
                     continue  # only held ones are sampled
@@ -112,6 +135,8 @@ class Monitor:
         for tid in tids:
             try:
                 thread = one.threads.get(tid) or self._found(one, tid)
+                if thread is not None and thread.try_at_ns is None and thread.state is ThreadState.WAITING:
+                    self._holder.check_alive(thread)  # nobody samples one that somebody else took
                 if thread is not None and thread.try_at_ns is not None and thread.try_at_ns <= now:
                     error = self._holder.enter(thread, one)
                     if error is not None:
@@ -134,16 +159,22 @@ class Monitor:
         facts = procfs.stat(tid)
         if facts.ended:
             raise GoneError(f"thread {tid} has ended")
-        history: deque[Sample] = deque(maxlen=self._history)
-        thread = Thread(tid, facts.start_ticks, facts.name, ReferenceRule(one.config), history)
+        thread = Thread(tid, facts.start_ticks, facts.name, ReferenceRule(one.config), deque())
         one.threads[tid] = thread
         self._owners[tid] = one
         return thread
 
     def _drop(self, one: Attached, thread: Thread) -> None:
-        self._holder.leave(thread, one)
-        del one.threads[thread.tid]
-        del self._owners[thread.tid]
+        try:
+            self._holder.leave(thread, one)
+        finally:
+            del one.threads[thread.tid]
+            del self._owners[thread.tid]
+
+    def _drop_all(self, one: Attached, all_of_them: contextlib.ExitStack) -> None:
+        """At the block's end; an error of one thread is raised when all had their turn."""
+        for thread in one.threads.values():
+            all_of_them.callback(self._drop, one, thread)
 
     def _ended(self, one: Attached, thread: Thread) -> None:
         self._holder.forget(thread)
@@ -167,14 +198,15 @@ class Monitor:
         return thread.rule.step(thread.executed_ns)
 
     def _change(self, thread: Thread, one: Attached, wanted: int) -> None:
-        if abs(wanted - thread.budget_ns) < _LEAST_CHANGE_NS:
-            thread.reason = ""
-        else:
-            try:
+        try:
+            if abs(wanted - thread.budget_ns) < _LEAST_CHANGE_NS:
+                thread.reason = ""
+                self._holder.check_ours(thread, one)
+            else:
                 self._holder.change(thread, one, wanted)
-            except GoneError:
-                self._ended(one, thread)
-                return
+        except GoneError:
+            self._ended(one, thread)
+            return
         thread.history.append(
             Sample(
                 time_ns=thread.base.time_ns if thread.base else self._clock.monotonic_ns(),

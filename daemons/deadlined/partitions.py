@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 _RETRY_S = 1.0
 # Events tell what changes; this only heals what an event could miss.
 _REFRESH_S = 5.0
+# Longer than this no partition's answer is waited for before events are looked at again.
+_ANSWER_S = 1.0
 
 
 class PartitionSource:
@@ -58,6 +60,11 @@ class PartitionSource:
         vcpus = await vmand.vcpus(self.partition)
         self._tids = tuple(vcpu.tid for vcpu in vcpus if status.pid is None or _belongs(vcpu.tid, status.pid))
         self.reason = "" if self._tids else f"partition {self.partition} is {status.state.value}: no vCPU runs"
+
+    def troubled(self, error: EdgeholdError) -> None:
+        """vmand can't tell about this partition."""
+        kept = "its last known threads are kept" if self._tids else "no thread is known"
+        self.reason = f"vmand can't tell about partition {self.partition} ({error.message}); {kept}"
 
     def away(self, error: EdgeholdError) -> None:
         """vmand does not answer."""
@@ -122,23 +129,30 @@ class VmandLink:
         await vmand.subscribe()
         changed = asyncio.Event()
         reader = asyncio.create_task(self._events(vmand, changed), name="vmand events")
+        asked: dict[PartitionSource, asyncio.Task[None]] = {}
         try:
             while self._sources:
                 changed.clear()
-                for source in list(self._sources):
-                    await self._refresh(source, vmand)
-                if self._away:
-                    log.info("vmand is back")
-                    self._away = False
+                for source in self._sources - asked.keys():
+                    asked[source] = asyncio.create_task(self._refresh(source, vmand), name="partition")
+                # A partition that hangs is waited for by nobody but itself.
+                done, _ = await asyncio.wait(asked.values(), timeout=_ANSWER_S)
+                asked = {source: task for source, task in asked.items() if task not in done}
+                for task in done:
+                    task.result()
                 if reader.done():
                     reader.result()
                     raise UnavailableError(f"{self._socket}: the events ended")
+                if self._away:
+                    log.info("vmand is back")
+                    self._away = False
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_REFRESH_S):
                         await changed.wait()
         finally:
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            for task in (reader, *asked.values()):
+                task.cancel()
+            await asyncio.gather(reader, *asked.values(), return_exceptions=True)
 
     async def _events(self, vmand: VmandClient, changed: asyncio.Event) -> None:
         try:
@@ -156,3 +170,6 @@ class VmandLink:
             source.over = f"partition {source.partition} was destroyed"
         except DeniedError as error:
             source.over = error.message  # the id belongs to a dedicated partition now
+        except EdgeholdError as error:
+            # Of this partition only: that the conversation is over, the events tell.
+            source.troubled(error)

@@ -6,17 +6,16 @@ cycles never mix. Only two things wait: asking vmand, and the probe of the capac
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import resource
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 from deadlined import api
 from deadlined.config import Settings
 from deadlined.held import Attached, rule_config
-from deadlined.holder import Holder
+from deadlined.holder import Holder, no_descriptor
 from deadlined.journal import Journal
 from deadlined.metrics import Metrics
 from deadlined.monitor import Monitor
@@ -26,16 +25,19 @@ from edgehold.api.deadlined import Attachment, AttachmentDetail, AttachRequest, 
 from edgehold.clock import NS_PER_MS, NS_PER_S
 from edgehold.errors import BadRequestError, BadStateError, NoCapacityError, NotFoundError, UnavailableError
 from edgehold.kernel import capacity, procfs, sched
+from edgehold.kernel.capacity import Found
 from edgehold.kernel.sched import Flag, Policy, SchedAttr
 from edgehold.service import Runtime
 from edgehold.systemd.activation import listen_sockets
 from edgehold.wire.http import application, serve
-from edgehold.wire.peer import Roles
+from edgehold.wire.peer import Roles, socket_mode
 
 log = logging.getLogger(__name__)
 
 # Descriptors for everything that is not a held thread: sockets, the journal, a child.
 _SPARE_DESCRIPTORS = 256
+# A younger result of the capacity probe is as good as a new one.
+_PROBE_KEPT_NS = NS_PER_S
 
 
 def become_real_time() -> str:
@@ -70,9 +72,10 @@ class Service:
     def __init__(self, runtime: Runtime, settings: Settings) -> None:
         self._runtime = runtime
         self._settings = settings
-        self._numbers = itertools.count(1)
         # A probe holds the host's bandwidth for some milliseconds; an attach in that moment would be refused for it.
         self._probing = asyncio.Lock()
+        self._probed: Found | None = None
+        self._probed_at_ns = 0
         self._closing = False
         self.metrics = Metrics()
         self.policy = become_real_time()
@@ -99,7 +102,8 @@ class Service:
         try:
             async with self._probing:
                 self._check_new(request.target)  # the waits above let others in
-                one, refused = self.monitor.adopt(next(self._numbers), request.target, request.policy, source)
+                with _descriptors():
+                    one, refused = self.monitor.adopt(self.journal.number(), request.target, request.policy, source)
         except BaseException:
             source.close()
             raise
@@ -120,15 +124,14 @@ class Service:
         """All of them, by id."""
         return [one.message() for _, one in sorted(self.monitor.attachments.items())]
 
-    def detail(self, number: int) -> AttachmentDetail:
-        """One with its history. Raises `NotFoundError`."""
+    def detail(self, number: int, last: int | None = None) -> AttachmentDetail:
+        """One with its history, all or the last samples of it. Raises `NotFoundError`."""
         one = self._one(number)
-        return AttachmentDetail(attachment=one.message(), history=one.history())
+        return AttachmentDetail(attachment=one.message(), history=one.history(last))
 
     async def capacity(self) -> Capacity:
         """Probe what is left, in a child process. Raises `EdgeholdError`."""
-        async with self._probing:
-            found = await capacity.probe_in_child()
+        found = await self._probe()
         held = sum(
             thread.budget_ns / one.config.period_ns
             for one in self.monitor.attachments.values()
@@ -141,6 +144,16 @@ class Service:
             resolution=found.resolution,
             monitor_policy=self.policy,
         )
+
+    async def _probe(self) -> Found:
+        """One probe a second at most, for all who wait: it takes what everybody on the host could want."""
+        async with self._probing:
+            now = self._runtime.clock.monotonic_ns()
+            if self._probed is None or now - self._probed_at_ns >= _PROBE_KEPT_NS:
+                with _descriptors():
+                    self._probed = await capacity.probe_in_child()
+                self._probed_at_ns = self._runtime.clock.monotonic_ns()
+            return self._probed
 
     def health(self) -> None:
         """Raises `UnavailableError` when the cycle does not turn."""
@@ -169,10 +182,11 @@ class Service:
         if self._closing:
             return
         self._closing = True
-        for one in list(self.monitor.attachments.values()):
-            self.monitor.release(one)
-        self.holder.sampler.close()
-        self.journal.close()
+        with contextlib.ExitStack() as whatever_fails:
+            whatever_fails.callback(self.journal.close)
+            whatever_fails.callback(self.holder.sampler.close)
+            for one in self.monitor.attachments.values():
+                whatever_fails.callback(self.monitor.release, one)
 
     def _one(self, number: int) -> Attached:
         one = self.monitor.attachments.get(number)
@@ -199,7 +213,19 @@ class Service:
     async def _open(self, target: Target) -> Source:
         if target.kind is TargetKind.PARTITION:
             return await self.vmand.open(target.id)
-        return open_local(target)
+        with _descriptors():
+            return open_local(target)
+
+
+@contextlib.contextmanager
+def _descriptors() -> Iterator[None]:
+    """Answer `FailedError` where no file descriptor is left."""
+    try:
+        yield
+    except OSError as error:
+        if procfs.is_exhausted(error):
+            raise no_descriptor() from error
+        raise
 
 
 @contextlib.asynccontextmanager
@@ -215,7 +241,7 @@ async def lifespan(runtime: Runtime, settings: Settings) -> AsyncIterator[None]:
         service.holder.recover()
         app = application(api.routes(service), roles=roles, registry=service.metrics.registry, health=service.health)
         passed = next((sockets[0] for sockets in listen_sockets().values() if sockets), None)
-        async with serve(app, passed or _socket_path(settings)):
+        async with serve(app, passed or _socket_path(settings), mode=socket_mode(roles)):
             runtime.spawn(service.cycles(), name="cycles")
             runtime.spawn(service.vmand.run(), name="vmand")
             log.info("monitoring every %d ms as %s (pid %d)", settings.cycle_ms, service.policy, os.getpid())

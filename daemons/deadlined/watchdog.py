@@ -46,6 +46,10 @@ def judge(thread: Thread, sample: ThreadSample, *, period_ns: int) -> Verdict:
         overrun_ns = max(-(procfs.dl_runtime(thread.tid) or 0), 0) if facts.state == "R" else 0
     except GoneError:
         return Verdict.ENDED
+    except OSError as error:
+        if not procfs.is_exhausted(error):
+            raise
+        return Verdict.FINE  # no descriptor to look through: looked at again in the next cycle
     if facts.state != "R":
         thread.suspect_ns = 0
         thread.look_at_ns = now + _ASLEEP_NS

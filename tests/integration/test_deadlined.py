@@ -1,6 +1,8 @@
 """The real daemon on the real kernel: what it holds, what it gives back, and what it survives."""
 
 import asyncio
+import contextlib
+import grp
 import json
 import os
 import subprocess
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from deadlined import reservation
+from deadlined.journal import Journal, Row
 from edgehold.api.deadlined import (
     Attachment,
     DeadlinedClient,
@@ -25,14 +29,17 @@ from edgehold.errors import (
     BadRequestError,
     BadStateError,
     DeniedError,
+    EdgeholdError,
     FailedError,
     NoCapacityError,
     NotFoundError,
+    TimedOutError,
     UnavailableError,
 )
 from edgehold.kernel import procfs, sched
 from edgehold.kernel.sampler import Sampler
 from edgehold.kernel.sched import SchedAttr
+from edgehold.testing.capability import missing, need_root
 from edgehold.testing.daemons import Daemon, private_directory
 from edgehold.testing.load import Load, eventually
 from edgehold.wire.control import Connection, ControlServer, bind_unix
@@ -214,10 +221,159 @@ async def test_a_killed_daemon_s_successor_restores_everything(
         assert (sched.get(tid).policy, sched.get(tid).nice) == (sched.Policy.OTHER, 3)
     assert sched.get(spinning.pid).policy is sched.Policy.OTHER
     assert "restored 3 threads" in daemon.log_text()
+    assert "attachments are not kept over a restart" in daemon.log_text()
     async with DeadlinedClient(directory / "api.sock") as second:
         assert await second.list_attachments() == []
         again = await second.attach(thread(spinning.pid))  # recovering counts as leaving: the gap holds
         assert again.threads[0].state is ThreadState.WAITING
+        assert again.id == 3  # 1 and 2 were the predecessor's
+
+
+def row(tid: int) -> Row:
+    return Row(
+        tid=tid,
+        start_ticks=procfs.stat(tid).start_ticks,
+        original=SchedAttr(),
+        period_ns=100 * MS,
+        max_budget_ns=80 * MS,
+    )
+
+
+async def test_what_a_stale_row_means_at_the_start(
+    client: DeadlinedClient, daemon: Daemon, directory: Path, load: Load
+) -> None:
+    assert await client.list_attachments() == []
+    assert await daemon.stop() == 0
+    theirs, left, halfway = load.hog().pid, load.hog().pid, load.sleeper().pid
+    journal = Journal(directory / "state", boot_id=procfs.boot_id())
+    journal.hold([row(theirs), row(left), row(halfway)])
+    journal.close()
+    own = SchedAttr.deadline(runtime_ns=5 * MS, period_ns=50 * MS)
+    sched.set_attr(theirs, own)  # by somebody else, since
+    sched.set_attr(halfway, sched.SMALLEST)  # killed between shrinking and leaving
+    await daemon.start()
+    assert sched.get(theirs) == own
+    assert sched.get(halfway).policy is sched.Policy.OTHER
+    assert "restored 1 thread " in daemon.log_text()
+    async with DeadlinedClient(directory / "api.sock") as second:
+        # It was killed between the kernel's leaving and the journal's: when, nobody knows.
+        one = await second.attach(thread(left))
+        assert one.threads[0].state is ThreadState.WAITING
+        assert "throttled for ever" in one.threads[0].reason
+    sched.set_attr(theirs, SchedAttr())
+
+
+@pytest.fixture
+def small_disk(directory: Path) -> Iterator[Path]:
+    """A file system of 512 KiB for the state; its mount ends with the test."""
+    need_root()
+    state = directory / "state"
+    state.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k,mode=0700", "tmpfs", str(state)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        missing(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+    yield state
+    subprocess.run(["umount", str(state)], check=True)
+
+
+def fill(state: Path) -> None:
+    with contextlib.suppress(OSError), (state / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+
+
+async def test_a_full_disk_holds_nobody_new_and_restores_everybody(
+    small_disk: Path, client: DeadlinedClient, daemon: Daemon, directory: Path, load: Load
+) -> None:
+    first, second, third = load.sleeper().pid, load.sleeper().pid, load.sleeper().pid
+    one = await client.attach(thread(first))
+    await client.attach(thread(second))
+    fill(small_disk)
+    with pytest.raises(FailedError, match="full"):
+        await client.attach(thread(third))
+    assert sched.get(third).policy is sched.Policy.OTHER
+    await client.detach(one.id)
+    assert sched.get(first).policy is sched.Policy.OTHER
+    held = (await client.list_attachments())[0]
+    await until(lambda: _has_samples(client, held.id), what="the cycle goes on")
+    await daemon.kill()
+    with pytest.raises(FailedError, match=r"journal\.db"):
+        await daemon.start()
+    assert not [name for name in os.listdir(small_disk) if name.endswith(".broken")]  # noqa: PTH208
+    assert sched.get(second).policy is sched.Policy.DEADLINE
+    (small_disk / "ballast").unlink()
+    await daemon.start()
+    assert sched.get(second).policy is sched.Policy.OTHER
+    async with DeadlinedClient(directory / "api.sock") as again:
+        await again.attach(thread(third))
+        fill(small_disk)
+        assert await daemon.stop() == 0
+    assert sched.get(third).policy is sched.Policy.OTHER
+
+
+async def test_who_takes_an_idle_thread_is_noticed_and_so_is_its_end(client: DeadlinedClient, load: Load) -> None:
+    child = load.sleeper()
+    tid = child.thread()
+    one = await client.attach(thread(tid), policy(1))  # its floor: the rule never wants another budget
+    # By the way that leaks nothing: a sleeper that leaves straight takes its share with it for ever.
+    reservation.leave(tid, SchedAttr(nice=4), period_ns=100 * MS, max_budget_ns=80 * MS)
+
+    async def noticed() -> bool:
+        taken = (await client.attachment(one.id)).attachment.threads[0]
+        return taken.state is ThreadState.WAITING and "somebody else" in taken.reason
+
+    await until(noticed, timeout_s=10, what="deadlined noticed")
+    child.end_thread(tid)
+
+    async def over() -> bool:
+        return await client.list_attachments() == []
+
+    await until(over, what="the attachment ended with its thread")
+
+
+def _status(path: Path, request: str, group: int) -> str:
+    """A request by the user nobody in a group: the answer's status, or the error's name."""
+    code = (
+        "import os, socket, sys\n"
+        "os.setgroups([]); os.setgid(int(sys.argv[3])); os.setuid(65534)\n"
+        "s = socket.socket(socket.AF_UNIX)\n"
+        "try: s.connect(sys.argv[1])\n"
+        "except PermissionError: print('EACCES'); sys.exit()\n"
+        "s.sendall(f'{sys.argv[2]} HTTP/1.1\\r\\nHost: d\\r\\nContent-Length: 0\\r\\n\\r\\n'.encode())\n"
+        "print(s.recv(12).decode()[-3:])\n"
+    )
+    arguments = [sys.executable, "-c", code, str(path), request, str(group)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def open_directory(directory: Path) -> Path:
+    """One through which everybody gets."""
+    need_root()
+    directory.chmod(0o711)
+    return directory
+
+
+async def test_the_groups_of_the_settings_have_their_roles(open_directory: Path) -> None:
+    directory = open_directory
+    readers = grp.getgrall()[1]
+    path = directory / "api.sock"
+    for access, mode in (({}, 0o600), ({"read": [readers.gr_name]}, 0o666)):
+        one = Daemon("deadlined", directory=directory, settings=settings(directory) | {"access": access})
+        await one.start()
+        try:
+            assert path.stat().st_mode & 0o777 == mode
+            answers = [
+                await asyncio.to_thread(_status, path, request, group)
+                for request in ("GET /v1/attachments", "DELETE /v1/attachments/1")
+                for group in (readers.gr_gid, 65534)
+            ]
+            assert answers == (["200", "403", "403", "403"] if access else ["EACCES"] * 4)
+        finally:
+            assert await one.stop() == 0
 
 
 async def test_stopping_restores_everything(client: DeadlinedClient, daemon: Daemon, load: Load) -> None:
@@ -410,10 +566,13 @@ async def test_the_command(client: DeadlinedClient, daemon: Daemon, directory: P
     assert "held" in await run("watch", "--count", "2", "--interval", "0.1")
     assert len((await run("--json", "watch", "--count", "3", "--interval", "0.05")).splitlines()) == 3
     assert "available" in await run("capacity")
-    assert await run("detach", str(attachment["id"])) == ""
+    assert len(json.loads(await run("--json", "show", "1", "--last", "2"))["history"]) == 2
+    assert await run("detach", str(attachment["id"])) == "attachment 1: detached\n"
     assert "not-found" in await run("detach", str(attachment["id"]), status=1)
     assert "give one of" in await run("attach", status=64)
-    assert "bad-request" in await run("attach", "--tid", str(pid), "--cap", "7", status=64)
+    assert "'--cap'" in await run("attach", "--tid", str(pid), "--cap", "7", status=64)
+    other = str(load.sleeper().pid)
+    assert "8.00" in await run("attach", "--tid", other, "--period-ms", "10")  # the budget follows the period
 
 
 async def _has_samples(client: DeadlinedClient, number: int) -> bool:
@@ -428,6 +587,8 @@ class FakeVmand:
         self.tids: list[int] = []
         self.mode = "shared"
         self.pid = 0
+        self.hung: asyncio.Event | None = None
+        self.refusal: EdgeholdError | None = None
         self._subscribed: list[Connection] = []
         self._server: ControlServer | None = None
 
@@ -449,13 +610,21 @@ class FakeVmand:
         if request.command == "subscribe":
             self._subscribed.append(connection)
             return {"text": ""}
-        if request.args.get("id") != 1:
+        number = request.args.get("id")
+        if number not in {1, 2}:
             raise NotFoundError("no such partition")
+        if number == 2:
+            if self.hung is not None:
+                await self.hung.wait()
+            if self.refusal is not None:
+                raise self.refusal
+            if request.command == "vcpus":
+                return []
         if request.command == "vcpus":
             return [{"index": n, "tid": tid} for n, tid in enumerate(self.tids)]
         state = "DEPLOYED" if self.tids else "READY"
         return {
-            "id": 1, "name": "one", "uuid": "u", "state": state, "mode": self.mode, "cores": 2, "memory_bytes": 1,
+            "id": number, "name": "one", "uuid": "u", "state": state, "mode": self.mode, "cores": 2, "memory_bytes": 1,
             "pid": self.pid or None,
         }  # fmt: skip
 
@@ -471,7 +640,7 @@ async def test_a_partition_s_vcpus_also_while_vmand_is_away(
         vmand.tids = [guest.thread(), stranger.pid]  # the second is no thread of the guest's process
         target = Target(kind=TargetKind.PARTITION, id=1)
         with pytest.raises(NotFoundError):
-            await client.attach(Target(kind=TargetKind.PARTITION, id=2))
+            await client.attach(Target(kind=TargetKind.PARTITION, id=3))
         one = await client.attach(target, policy(2))
         assert [held.tid for held in one.threads] == [vmand.tids[0]]
 
@@ -514,5 +683,35 @@ async def test_a_partition_s_vcpus_also_while_vmand_is_away(
         vmand.mode = "dedicated"
         with pytest.raises(DeniedError, match="pinned"):
             await client.attach(target)
+    finally:
+        await vmand.stop()
+
+
+async def test_a_partition_that_hangs_is_waited_for_by_nobody_else(
+    client: DeadlinedClient, directory: Path, load: Load
+) -> None:
+    guest = load.sleeper()
+    vmand = FakeVmand(directory / "vmand.sock")
+    await vmand.start()
+    try:
+        vmand.pid = guest.pid
+        vmand.tids = [guest.thread()]
+        good, bad = [await client.attach(Target(kind=TargetKind.PARTITION, id=number), policy(2)) for number in (1, 2)]
+
+        async def holds_all() -> bool:
+            vmand.changed()
+            one = (await client.attachment(good.id)).attachment
+            return one.reason == "" and [held.tid for held in one.threads] == sorted(vmand.tids)
+
+        vmand.hung = asyncio.Event()
+        vmand.tids.append(guest.thread())
+        await until(holds_all, timeout_s=10, what="the other partition's new vCPU", every_s=0.3)
+        vmand.refusal = TimedOutError("its monitor does not answer")
+        vmand.hung.set()
+        vmand.tids.append(guest.thread())
+        await until(holds_all, timeout_s=10, what="the other partition's next vCPU", every_s=0.3)
+        reason = (await client.attachment(bad.id)).attachment.reason
+        assert "partition 2 (its monitor does not answer)" in reason
+        assert "away" not in reason
     finally:
         await vmand.stop()

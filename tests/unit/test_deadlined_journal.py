@@ -1,12 +1,16 @@
 """The journal of what to restore: it keeps what it is told, and nothing of another boot."""
 
+import contextlib
+import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from deadlined import journal as journal_module
 from deadlined.journal import Journal, Row
 from deadlined.reservation import safe_gap_ns
-from edgehold.errors import FailedError
+from edgehold.errors import FailedError, UnavailableError
 from edgehold.kernel.sched import Flag, Policy, SchedAttr
 
 S = 1_000_000_000
@@ -54,7 +58,7 @@ def test_nothing_of_another_boot(tmp_path: Path) -> None:
 
 def test_one_daemon_a_directory(tmp_path: Path) -> None:
     first = Journal(tmp_path, boot_id="a")
-    with pytest.raises(FailedError, match="another deadlined"):
+    with pytest.raises(UnavailableError, match="another deadlined"):
         Journal(tmp_path, boot_id="a")
     first.close()
     Journal(tmp_path, boot_id="a").close()
@@ -62,7 +66,7 @@ def test_one_daemon_a_directory(tmp_path: Path) -> None:
 
 def test_a_directory_that_can_t_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FailedError, match="file/state"):
+    with pytest.raises(UnavailableError, match="file/state"):
         Journal(tmp_path / "file" / "state", boot_id="a")
 
 
@@ -72,6 +76,54 @@ def test_a_journal_that_can_t_be_read_is_put_aside(tmp_path: Path) -> None:
     journal.hold([ROW])
     journal.close()
     assert (tmp_path / "journal.db.broken").exists()
+
+
+def test_a_journal_whose_pages_are_broken_is_put_aside(tmp_path: Path) -> None:
+    first = Journal(tmp_path, boot_id="a")
+    first.hold([ROW])
+    first.close()
+    data = (tmp_path / "journal.db").read_bytes()
+    (tmp_path / "journal.db").write_bytes(data[:4096] + b"\xff" * (len(data) - 4096))
+    Journal(tmp_path, boot_id="a").close()
+    assert (tmp_path / "journal.db.broken").exists()
+
+
+def test_a_journal_that_is_only_locked_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "_LOCKED_S", 0)
+    first = Journal(tmp_path, boot_id="a")
+    first.hold([ROW])
+    first.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(FailedError, match="locked"):
+            Journal(tmp_path, boot_id="a")
+        other.execute("ROLLBACK")
+    assert not (tmp_path / "journal.db.broken").exists()
+    second = Journal(tmp_path, boot_id="a")  # the lock of the directory was given back, too
+    assert second.held() == [ROW]
+    second.close()
+
+
+def test_a_full_disk_is_an_answer_and_changes_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, boot_id="a")
+    journal.hold([ROW])
+    journal._db.execute("PRAGMA max_page_count = 1")  # as full as it is now: SQLITE_FULL
+    many = [replace(ROW, tid=1000 + n) for n in range(1000)]
+    with pytest.raises(FailedError, match="full"):
+        journal.hold(many)
+    assert journal.held() == [ROW]
+    journal.release([(42, 7, 0)])
+    assert journal.held() == []
+    journal.close()
+
+
+def test_no_number_is_used_twice_not_even_after_a_boot(tmp_path: Path) -> None:
+    first = Journal(tmp_path, boot_id="a")
+    assert [first.number(), first.number()] == [1, 2]
+    first.close()
+    second = Journal(tmp_path, boot_id="b")
+    assert second.number() == 3
+    second.close()
 
 
 @pytest.mark.parametrize(

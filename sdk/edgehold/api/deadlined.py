@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 import msgspec
 
 from edgehold.clock import NS_PER_MS
-from edgehold.errors import UnavailableError, from_wire
+from edgehold.errors import DeniedError, EdgeholdError, UnavailableError, from_wire
 
 if TYPE_CHECKING:
     import aiohttp
@@ -138,7 +138,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
 class DeadlinedClient:
     """A client of deadlined's REST API over its unix socket; use as ``async with DeadlinedClient() as deadlined``.
 
-    Every method raises the `EdgeholdError` that deadlined answered, or `UnavailableError` where it is away.
+    Every method raises the `EdgeholdError` that deadlined answered, or `UnavailableError` where it is away,
+    or `DeniedError` where this user may not open the socket.
     """
 
     def __init__(self, socket: Path = DEFAULT_SOCKET, *, timeout_s: float = 15.0) -> None:
@@ -178,12 +179,17 @@ class DeadlinedClient:
         """All attachments, by id."""
         return msgspec.json.decode(await self._call("GET", "/v1/attachments"), type=list[Attachment])
 
-    async def attachment(self, attachment: int) -> AttachmentDetail:
-        """One attachment with its history."""
-        return msgspec.json.decode(await self._call("GET", f"/v1/attachments/{attachment}"), type=AttachmentDetail)
+    async def attachment(self, attachment: int, *, last: int | None = None) -> AttachmentDetail:
+        """One attachment with its history: all of it, or the last samples."""
+        query = "" if last is None else f"?last={last}"
+        answer = await self._call("GET", f"/v1/attachments/{attachment}{query}")
+        return msgspec.json.decode(answer, type=AttachmentDetail)
 
     async def capacity(self) -> Capacity:
-        """Probe the admission bandwidth that is left. Takes all of it for some milliseconds."""
+        """Probe the admission bandwidth that is left, which takes all of it for some milliseconds.
+
+        A result that is younger than a second is answered again.
+        """
         return msgspec.json.decode(await self._call("GET", "/v1/capacity"), type=Capacity)
 
     async def _call(self, method: str, path: str, *, body: bytes | None = None) -> bytes:
@@ -200,12 +206,23 @@ class DeadlinedClient:
                 answer = await response.read()
                 status = response.status
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise UnavailableError(
-                f"deadlined does not answer at {self._socket}: {str(error) or type(error).__name__}; is it running?"
-            ) from error
+            raise _unreachable(self._socket, error) from error
         if status >= 400:
             raise from_wire(_decode_error(answer))
         return answer
+
+
+def _unreachable(socket: Path, error: Exception) -> EdgeholdError:
+    """Why there was no answer, in the words of the system and not of the library in between."""
+    cause = getattr(error, "os_error", error)
+    if isinstance(cause, PermissionError):
+        return DeniedError(
+            f"{socket}: {cause.strerror}; run it as root, or join a group that deadlined's settings give a role"
+        )
+    if isinstance(cause, TimeoutError):
+        return UnavailableError(f"deadlined does not answer at {socket} in time")
+    reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    return UnavailableError(f"deadlined does not answer at {socket}: {reason}; is it running?")
 
 
 def _decode_error(answer: bytes) -> object:

@@ -15,6 +15,7 @@ PROC = Path("/proc")
 _KERNEL_THREAD = 0x0020_0000
 # How reading a file of a task that ends goes wrong: no directory any more, or no task behind the open file.
 _GONE = frozenset({errno.ENOENT, errno.ESRCH})
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 class GoneError(NotFoundError):
@@ -42,6 +43,11 @@ class ThreadStat:
 def is_gone(error: OSError) -> bool:
     """Whether an error of a system call or a read means that the task ended."""
     return error.errno in _GONE
+
+
+def is_exhausted(error: OSError) -> bool:
+    """Whether no file descriptor is left, in this process or on the host: a reason to wait, not to give up."""
+    return error.errno in _EXHAUSTED
 
 
 def _read(path: str, what: str) -> bytes:
