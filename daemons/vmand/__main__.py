@@ -1,24 +1,24 @@
 """The daemon: settings, directories, recovery, then the control socket."""
 
-import argparse
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
-from edgehold import settings
-from edgehold.errors import SettingsError, UnavailableError
-from edgehold.service import Runtime, run
+from edgehold import directories, settings
+from edgehold.errors import SettingsError
+from edgehold.service import Runtime, daemon_arguments, run
 from edgehold.systemd import activation, journal
 from edgehold.wire.control import ControlServer, bind_unix
-from edgehold.wire.peer import Roles
+from edgehold.wire.peer import Roles, socket_mode
 from vmand.api import Api
 from vmand.backend import Host
+from vmand.backend.launcher import check_launcher
+from vmand.backend.memory import check_directory
 from vmand.backend.qemu import QemuBackend, pool_cores
 from vmand.config import Config
 from vmand.model import GIB
@@ -30,21 +30,20 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """``vmand [--config FILE] [--check-config]``."""
-    parser = argparse.ArgumentParser(prog="vmand", description="Hard partitions on this host.")
-    parser.add_argument("--config", type=Path, help="settings (default: /etc/edgehold/vmand.toml, where it exists)")
-    parser.add_argument("--check-config", action="store_true", help="read and check the settings, then leave")
-    options = parser.parse_args()
+    """``vmand [--config FILE] [--check-config] [--version]``."""
+    options = daemon_arguments("vmand", "Hard partitions on this host.")
     try:
         config = settings.load(Config, "vmand", path=options.config)
         config.check()
+        check_launcher(config.launcher)
+        check_directory(config.memory)
         pool = _pool(config)
         roles = Roles.from_groups(read=config.access.read, operate=config.access.operate)
     except SettingsError as error:
         print(f"vmand: {error}", file=sys.stderr)  # noqa: T201 - there is no logging yet
         sys.exit(error.exit_status)
     if options.check_config:
-        print("vmand: the settings are good")  # noqa: T201 - what --check-config is for
+        print("vmand: the settings are right")  # noqa: T201 - what --check-config is for
         return
     journal.setup("vmand", config.log_level)
     sys.exit(run("vmand", lambda runtime: _alive(runtime, config, pool, roles)))
@@ -62,7 +61,8 @@ async def _alive(runtime: Runtime, config: Config, pool: frozenset[int], roles: 
     async with contextlib.AsyncExitStack() as stack:
         passed = activation.listen_sockets()
         for directory in (config.runtime, Path(config.state_dir), config.memory):
-            stack.enter_context(_owned(directory, mode=0o755 if directory == config.runtime else 0o700))
+            mode = 0o755 if directory == config.runtime else 0o700
+            stack.enter_context(directories.owned(directory, mode=mode, who="vmand"))
         store = stack.enter_context(contextlib.closing(Store(config.journal)))
         service = Service(
             backend=QemuBackend(config, pool=pool),
@@ -82,7 +82,10 @@ async def _alive(runtime: Runtime, config: Config, pool: frozenset[int], roles: 
         stack.push_async_callback(_drop, probe)
         listeners = passed.get("control", [])
         server = ControlServer(api.handle, roles=roles)
-        for listener in listeners or [bind_unix(config.control_socket, mode=_socket_mode(roles))]:
+        if not listeners:
+            listeners = [bind_unix(config.control_socket, mode=socket_mode(roles))]
+            stack.callback(config.control_socket.unlink, missing_ok=True)
+        for listener in listeners:
             await server.listen(listener)
         stack.push_async_callback(server.close)
         if config.http:
@@ -95,36 +98,10 @@ async def _drop(task: asyncio.Task[Host]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _socket_mode(roles: Roles) -> int:
-    """Where groups have roles anybody may connect, and the roles decide."""
-    return 0o666 if roles.read or roles.operate else 0o600
-
-
-@contextlib.contextmanager
-def _owned(directory: Path, *, mode: int) -> Iterator[None]:
-    """The directory, made if it is missing, and ours alone: what is unknown in it will be removed.
-
-    Raises:
-        UnavailableError: another vmand has it, or it can't be made.
-    """
-    try:
-        directory.mkdir(mode=mode, parents=True, exist_ok=True)
-        fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise UnavailableError(f"{directory}: {error.strerror}", retryable=False) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UnavailableError(f"{directory}: another vmand uses it; each needs directories of its own") from None
-    finally:
-        os.close(fd)
-
-
 async def _http(service: Service, api: Api, roles: Roles, path: Path) -> None:
     """Serve health and metrics. The HTTP server costs 17 MB of memory: it is loaded when somebody first asks."""
     loop = asyncio.get_running_loop()
-    listener = bind_unix(path, mode=_socket_mode(roles))
+    listener = bind_unix(path, mode=socket_mode(roles))
     try:
         await _readable(loop, listener)
         from edgehold.wire import http  # noqa: PLC0415 - see above

@@ -146,7 +146,9 @@ class Api:
 
     def _note(self, connection: Connection, request: Request, what: str, outcome: str, answer: Any) -> None:
         named = answer if isinstance(answer, dict) else request.args  # create-partition names it in its answer
-        partition = named.get("id", named.get("partition_id", "-"))
+        told = named.get("id", named.get("partition_id"))
+        # A refused request's arguments may be anything: only what can be an id comes into the journal.
+        partition = told if type(told) is int and 0 < told < 2**63 else "-"
         fields = {
             "message_id": COMMAND_ID,
             "command": request.command,
@@ -168,16 +170,17 @@ class Api:
         record = await self._service.create(cores=args.cores, memory_bytes=size, mode=args.mode, name=args.name)
         return {"id": record.id}
 
-    async def _deploy(self, args: Deploy, _connection: Connection) -> dict[str, Any]:
+    async def _deploy(self, args: Deploy, connection: Connection) -> dict[str, Any]:
         self._service.check(args.partition_id, model.DEPLOY)
-        checked = images.check(
+        with images.opened(
             kernel=args.kernel,
             initrd=args.initrd,
             dtb=args.dtb,
             cmdline=args.cmdline,
             limit_mib=self._image_limit_mib,
-        )
-        return _state(await self._service.deploy(args.partition_id, checked))
+            peer=connection.peer,
+        ) as checked:
+            return _state(await self._service.deploy(args.partition_id, checked))
 
     async def _suspend(self, args: OfPartition, _connection: Connection) -> dict[str, Any]:
         return _state(await self._service.suspend(args.id))

@@ -8,18 +8,39 @@ import click
 from edgehold.api.vmand import DEFAULT_SOCKET, Mode, Partition, State, VmandClient
 from edgehold.cli import Output, client_group, completion_command, table, wait_for
 from edgehold.cli import main as run_group
+from edgehold.errors import NotFoundError
 
+_HELP = "Hard partitions on this host. PARTITION is an id or a name; a number is always an id."
+_PARTITION = click.argument("partition")
 _PATH = click.Path(path_type=Path, resolve_path=True)
 
 
-@client_group(default_socket=DEFAULT_SOCKET, variable="VMAND_SOCKET", help_text="Hard partitions on this host.")
+@client_group(default_socket=DEFAULT_SOCKET, variable="VMAND_SOCKET", help_text=_HELP)
 def vmanctl() -> None:
     """The group; `client_group` makes it."""
 
 
+async def _id(vmand: VmandClient, partition: str) -> int:
+    """The partition of this id, else of this name. What is a number is never a name: it would hit another partition."""
+    if partition.isascii() and partition.isdigit():
+        return int(partition)
+    for one in await vmand.list_partitions():
+        if one.name == partition:
+            return one.id
+    raise NotFoundError(f"there is no partition {partition!r}; vmanctl list shows ids and names")
+
+
 def _row(one: Partition) -> list[object]:
     cores = ",".join(map(str, one.cpus)) or str(one.cores)
-    return [one.id, one.name, one.state.value, one.mode.value, cores, f"{one.memory_bytes / 2**30:g}", one.reason]
+    return [
+        one.id,
+        one.name,
+        one.state.value,
+        one.mode.value,
+        cores,
+        f"{one.memory_bytes / 2**30:.2f}",
+        one.reason or "-",
+    ]
 
 
 @vmanctl.command("create-partition")
@@ -50,50 +71,53 @@ def create_partition(output: Output, *, cores: int, memsize: float, secure: bool
 
 
 @vmanctl.command()
-@click.argument("partition", type=int)
+@_PARTITION
 @click.option("-kernel", "--kernel", type=_PATH, required=True, help="The kernel's image.")
 @click.option("-initrd", "--initrd", type=_PATH, help="An initial RAM disk.")
 @click.option("-dtb", "--dtb", type=_PATH, help="A device tree, for guests that take one.")
 @click.option("-cmdline", "--cmdline", default="", help="The kernel's command line.")
 @click.pass_obj
 def deploy(
-    output: Output, *, partition: int, kernel: Path, initrd: Path | None, dtb: Path | None, cmdline: str
+    output: Output, *, partition: str, kernel: Path, initrd: Path | None, dtb: Path | None, cmdline: str
 ) -> None:
     """Load and start a guest in a READY partition."""
 
     async def work() -> Partition:
         async with await VmandClient.connect(output.socket) as vmand:
-            await vmand.deploy(partition, kernel=kernel, initrd=initrd, dtb=dtb, cmdline=cmdline)
-            return await vmand.status(partition)
+            one = await _id(vmand, partition)
+            await vmand.deploy(one, kernel=kernel, initrd=initrd, dtb=dtb, cmdline=cmdline)
+            return await vmand.status(one)
 
     _say(output, wait_for(work()))
 
 
 @vmanctl.command()
-@click.argument("partition", type=int)
+@_PARTITION
 @click.option("-timeout", "--timeout", "timeout_s", type=float, help="Seconds until it is ended by force.")
 @click.option("-force", "--force", is_flag=True, help="End it at once.")
 @click.pass_obj
-def shutdown(output: Output, *, partition: int, timeout_s: float | None, force: bool) -> None:
+def shutdown(output: Output, *, partition: str, timeout_s: float | None, force: bool) -> None:
     """Power the guest off; cores and memory stay reserved."""
 
     async def work() -> Partition:
         async with await VmandClient.connect(output.socket) as vmand:
-            await vmand.shutdown(partition, timeout_s=timeout_s, force=force)
-            return await vmand.status(partition)
+            one = await _id(vmand, partition)
+            await vmand.shutdown(one, timeout_s=timeout_s, force=force)
+            return await vmand.status(one)
 
     _say(output, wait_for(work()))
 
 
 def _simple(name: str, help_text: str) -> None:
     @vmanctl.command(name, help=help_text)
-    @click.argument("partition", type=int)
+    @_PARTITION
     @click.pass_obj
-    def command(output: Output, *, partition: int) -> None:
+    def command(output: Output, *, partition: str) -> None:
         async def work() -> Partition:
             async with await VmandClient.connect(output.socket) as vmand:
-                await getattr(vmand, name)(partition)
-                return await vmand.status(partition)
+                one = await _id(vmand, partition)
+                await getattr(vmand, name)(one)
+                return await vmand.status(one)
 
         _say(output, wait_for(work()))
 
@@ -104,17 +128,19 @@ _simple("reboot", "Reset the guest by force.")
 
 
 @vmanctl.command("destroy-partition")
-@click.argument("partition", type=int)
+@_PARTITION
 @click.pass_obj
-def destroy_partition(output: Output, *, partition: int) -> None:
+def destroy_partition(output: Output, *, partition: str) -> None:
     """Give the partition's cores and memory back."""
 
-    async def work() -> None:
+    async def work() -> int:
         async with await VmandClient.connect(output.socket) as vmand:
-            await vmand.destroy_partition(partition)
+            one = await _id(vmand, partition)
+            await vmand.destroy_partition(one)
+            return one
 
-    wait_for(work())
-    output.show({"id": partition}, lambda: f"partition {partition} is gone")
+    gone = wait_for(work())
+    output.show({"id": gone}, lambda: f"partition {gone} is gone")
 
 
 @vmanctl.command("list")
@@ -132,46 +158,47 @@ def list_partitions(output: Output) -> None:
 
 
 @vmanctl.command()
-@click.argument("partition", type=int)
+@_PARTITION
 @click.pass_obj
-def status(output: Output, *, partition: int) -> None:
+def status(output: Output, *, partition: str) -> None:
     """One partition, all that is known of it."""
 
     async def work() -> Partition:
         async with await VmandClient.connect(output.socket) as vmand:
-            return await vmand.status(partition)
+            return await vmand.status(await _id(vmand, partition))
 
     _details(output, wait_for(work()))
 
 
 @vmanctl.command()
-@click.argument("partition", type=int)
+@_PARTITION
 @click.pass_obj
-def vcpus(output: Output, *, partition: int) -> None:
+def vcpus(output: Output, *, partition: str) -> None:
     """The host's threads that run the guest's CPUs."""
 
     async def work() -> Any:
         async with await VmandClient.connect(output.socket) as vmand:
-            return await vmand.vcpus(partition)
+            return await vmand.vcpus(await _id(vmand, partition))
 
     found = wait_for(work())
     output.show(found, lambda: table(["VCPU", "TID"], [[one.index, one.tid] for one in found]))
 
 
 @vmanctl.command()
-@click.argument("partition", type=int)
+@_PARTITION
 @click.option("-follow", "--follow", is_flag=True, help="Go on until interrupted or the partition is gone.")
 @click.pass_obj
-def console(output: Output, *, partition: int, follow: bool) -> None:
+def console(output: Output, *, partition: str, follow: bool) -> None:
     """What the guest printed last on its console."""
 
     async def work() -> None:
         async with await VmandClient.connect(output.socket) as vmand:
+            one = await _id(vmand, partition)
             if not follow:
-                text = await vmand.console(partition)
+                text = await vmand.console(one)
                 output.show({"text": text}, text.rstrip)
                 return
-            click.echo(await vmand.subscribe(partition, console=True), nl=False)
+            click.echo(await vmand.subscribe(one, console=True), nl=False)
             async for event in vmand.events():
                 if event.kind == "console":
                     click.echo(event.text, nl=False)
@@ -182,15 +209,19 @@ def console(output: Output, *, partition: int, follow: bool) -> None:
 
 
 @vmanctl.command()
-@click.argument("partition", type=int, required=False)
+@click.argument("partition", required=False)
 @click.option("-console", "--console", "with_console", is_flag=True, help="The guests' consoles too.")
 @click.pass_obj
-def events(output: Output, *, partition: int | None, with_console: bool) -> None:
-    """Print what happens, until interrupted."""
+def events(output: Output, *, partition: str | None, with_console: bool) -> None:
+    """Print what happens to a partition or to all, until interrupted.
+
+    A line is the partition's id, the kind (state, console or gone), and the new state with its reason or the output.
+    """
 
     async def work() -> None:
         async with await VmandClient.connect(output.socket) as vmand:
-            await vmand.subscribe(partition, console=with_console)
+            wanted = await _id(vmand, partition) if partition is not None else None
+            await vmand.subscribe(wanted, console=with_console)
             async for one in vmand.events():
                 state = one.state.value if isinstance(one.state, State) else ""
                 text = " ".join(filter(None, [str(one.partition), one.kind, state, one.reason, one.text.rstrip()]))
@@ -216,12 +247,20 @@ def _say(output: Output, one: Partition) -> None:
     output.show(one, lambda: f"partition {one.id}: {one.state.value}{reason}")
 
 
+def _shown(name: str, value: object) -> str:
+    """A field for people: nothing is a dash, bytes are also in the unit that they were asked for in."""
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    if name.endswith("_bytes") and isinstance(value, int):
+        return f"{value} ({value / 2**30:.2f} GiB)" if value >= 2**30 else f"{value} ({value // 2**20} MiB)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "-" if value is None or value == "" else str(value)
+
+
 def _details(output: Output, value: Any) -> None:
     def text() -> str:
-        rows = []
-        for name in value.__struct_fields__:
-            one = getattr(value, name)
-            rows.append([name, ",".join(map(str, one)) if isinstance(one, tuple) else one])
+        rows = [[name, _shown(name, getattr(value, name))] for name in value.__struct_fields__]
         return table(["FIELD", "VALUE"], rows)
 
     output.show(value, text)

@@ -70,7 +70,7 @@ AFTER: dict[Found, State] = {
 
 
 class Images(msgspec.Struct, frozen=True, kw_only=True):
-    """What is loaded into a partition: absolute paths that were checked, and the guest kernel's command line."""
+    """What is loaded into a partition: absolute paths of checked files, and the guest kernel's command line."""
 
     kernel: str
     initrd: str = ""
@@ -186,9 +186,11 @@ def pick_cores(free: Sequence[int], count: int) -> tuple[int, ...]:
         NoCapacityError: fewer are left; says which.
     """
     if count > len(free):
-        left = ", ".join(map(str, free)) or "none"
+        left = f"{len(free)} are left: cores {', '.join(map(str, free))}" if free else "none is left"
+        if len(free) == 1:
+            left = f"1 is left: core {free[0]}"
         raise NoCapacityError(
-            f"cores: {count} are wanted for a dedicated partition and {len(free)} are left ({left}); "
+            f"cores: {count} {'is' if count == 1 else 'are'} wanted for a dedicated partition and {left}; "
             "use fewer, destroy a partition, or create it with mode shared"
         )
     return tuple(free[:count])

@@ -43,7 +43,7 @@ async def _settle(service: Service, record: Record) -> None:
         if record.state not in LIVE:
             service.put(msgspec.structs.replace(record, state=State.FAILED, reason=reason))
             return
-        # Its guest may live and be well: that we could not look is no reason to end it. Looked at again until it answers.
+        # Its guest may be well: that we could not look is no reason to end it. It is looked at again until it answers.
         pending = record.pending if record.pending in {model.SHUTDOWN, model.DESTROY} else ""
         service.put(msgspec.structs.replace(record, reason=reason, pending=pending))
         service.look_again(record)

@@ -66,7 +66,7 @@ class Service:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._looking: set[str] = set()
         self._closing = asyncio.Event()
-        backend.begin(changed=self._changed, output=self.hub.console)
+        backend.begin(changed=self._changed, output=self.hub.console, ended=self._task_done)
 
     # What is there
 
@@ -119,7 +119,7 @@ class Service:
             accelerator_reason=host.accelerator_reason,
             backend=host.backend,
             launcher=host.launcher,
-            cores_total=len(self._pool),
+            cores_pool=model.free_cores(self._pool, ()),
             cores_free=self._cores_free(),
             memory_total_bytes=self._reserved() + free,
             memory_free_bytes=free,
@@ -234,6 +234,8 @@ class Service:
         if state is State.FAILED:
             fields = {"message_id": GUEST_FAILED_ID, "partition": record.id}
             log.error("partition %d failed: %s", record.id, reason, extra=fields)
+            if finding.found is Found.GONE:
+                reason += "; vmanctl console has its last output, shutdown makes it READY"
         # Written before its process is ended: after a crash in between it would seem to have died.
         begun = self._put_late(msgspec.structs.replace(record, state=state, reason=reason, pending=""), quiet=True)
         try:

@@ -25,7 +25,7 @@ from edgehold.errors import (
     TimedOutError,
 )
 from vmand import model
-from vmand.backend import Backend, Changed, Finding, Host, Output, Running
+from vmand.backend import Backend, Changed, Ended, Finding, Host, Output, Running
 from vmand.model import MIB, TABLE, Found, Images, Record
 from vmand.recovery import recover
 from vmand.service import Service
@@ -54,8 +54,8 @@ class FakeBackend:
         self.obeys_after = 1
         self.cut: str = ""
 
-    def begin(self, *, changed: Changed, output: Output) -> None:
-        self.changed, self.output = changed, output
+    def begin(self, *, changed: Changed, output: Output, ended: Ended) -> None:
+        self.changed, self.output, self.ended = changed, output, ended
 
     def _try(self, method: str) -> None:
         if method in self.fail:
@@ -295,7 +295,8 @@ async def test_a_create_that_fails_leaves_nothing(daemon: Daemon) -> None:
     assert daemon.rows() == []
     assert daemon.service.partitions() == []
     daemon.backend.fail.clear()
-    assert (await daemon.service.capabilities()).cores_free == (1, 2, 3)
+    capabilities = await daemon.service.capabilities()
+    assert capabilities.cores_pool == capabilities.cores_free == (1, 2, 3)
 
 
 async def test_ids_are_never_used_twice(daemon: Daemon) -> None:
@@ -308,7 +309,7 @@ async def test_ids_are_never_used_twice(daemon: Daemon) -> None:
 async def test_cores_memory_and_names_run_out(daemon: Daemon) -> None:
     first = await daemon.make(State.READY, mode=Mode.DEDICATED, cores=2, name="a")
     assert daemon.service.status(first).cpus == (1, 2)
-    with pytest.raises(NoCapacityError, match=r"2 are wanted .* 1 are left \(3\)"):
+    with pytest.raises(NoCapacityError, match=r"2 are wanted .* 1 is left: core 3;"):
         await daemon.make(State.READY, mode=Mode.DEDICATED, cores=2)
     with pytest.raises(BadRequestError, match="taken"):
         await daemon.make(State.READY, name="a")
@@ -417,6 +418,20 @@ async def test_old_news_of_an_earlier_run_are_nothing(daemon: Daemon) -> None:
     daemon.backend.changed(99, old)
     await asyncio.sleep(0.01)
     assert daemon.service.status(one).state is State.DEPLOYED
+
+
+async def test_a_watcher_of_a_guest_that_dies_is_noticed(daemon: Daemon) -> None:
+    async def die(error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+    for error, faults in ((None, 0), (FailedError("told already"), 0), (ValueError("a bug"), 1)):
+        task = asyncio.create_task(die(error))
+        task.add_done_callback(daemon.backend.ended)
+        await asyncio.wait({task})
+        await asyncio.sleep(0)
+        assert daemon.faults == faults
+    daemon.faults = 0
 
 
 class Cut(BaseException):
@@ -534,7 +549,7 @@ async def test_a_cut_off_command_that_can_not_be_settled(
     record = daemon.service.record(one)
     run = record.run or "r"
     daemon.store.save(msgspec.structs.replace(record, pending=command, run=run))
-    daemon.world.guests[run] = Found.RUNNING
+    daemon.world.guests.setdefault(run, Found.RUNNING)
 
     async def end(_self: FakeBackend, _record: Record) -> None:
         raise TimedOutError("it hangs in a device")

@@ -4,9 +4,10 @@ A back end keeps no truth of its own: it is told the `Record` of a partition, ac
 guest's process only after it has verified that the process is the one of the record.
 """
 
+from asyncio import Task
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from edgehold.api.vmand import Vcpu
 from vmand.model import Found, Images, Record
@@ -45,11 +46,14 @@ Changed = Callable[[int, str], None]
 Output = Callable[[int, str], None]
 """(partition, text): lines of the guest's console."""
 
+Ended = Callable[[Task[Any]], None]
+"""A task that watches a guest has ended: where it failed, that is a bug and nobody watches any more."""
+
 
 class Backend(Protocol):
     """Runs guests. Methods raise `EdgeholdError`; those marked idempotent may be asked for any remains."""
 
-    def begin(self, *, changed: Changed, output: Output) -> None:
+    def begin(self, *, changed: Changed, output: Output, ended: Ended) -> None:
         """Called once before everything else."""
 
     async def host(self) -> Host:

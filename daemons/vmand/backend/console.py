@@ -9,6 +9,8 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+from edgehold.errors import TimedOutError
+
 KEEP_BYTES = 64 * 1024
 _READ_BYTES = 16 * 1024
 _RETRY_S = 0.01
@@ -22,13 +24,14 @@ class Console:
 
     def __init__(self, path: Path, on_text: Callable[[str], None], *, who: str) -> None:
         self._path = path
+        self._who = who
         self._on_text = on_text
         self._kept = bytearray()
         self._unsent = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._timer: asyncio.TimerHandle | None = None
         self._connected = asyncio.Event()
-        self._task = asyncio.create_task(self._read(), name=f"console of {who}")
+        self.task = asyncio.create_task(self._read(), name=f"console of {who}")
 
     @property
     def text(self) -> str:
@@ -36,9 +39,16 @@ class Console:
         return self._kept.decode(errors="replace")
 
     async def wait_connected(self, timeout_s: float) -> None:
-        """Until it is connected: what is printed from then on is not lost. Raises `TimeoutError`."""
-        async with asyncio.timeout(timeout_s):
-            await self._connected.wait()
+        """Until it is connected: what is printed from then on is not lost.
+
+        Raises:
+            TimedOutError: it was not in time.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._connected.wait()
+        except TimeoutError:
+            raise TimedOutError(f"the console of {self._who} does not connect within {timeout_s:g} s") from None
 
     def flush(self) -> None:
         """Hand on what has no line break yet."""
@@ -51,13 +61,13 @@ class Console:
 
     async def drain(self, timeout_s: float) -> None:
         """Read what a dead QEMU left in the socket, until its end."""
-        await asyncio.wait({self._task}, timeout=timeout_s)
+        await asyncio.wait({self.task}, timeout=timeout_s)
 
     async def close(self) -> None:
         """Let go."""
-        self._task.cancel()
+        self.task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+            await self.task
         self.flush()
 
     async def _read(self) -> None:
@@ -71,7 +81,7 @@ class Console:
         try:
             while data := await reader.read(_READ_BYTES):
                 self._feed(data)
-        except ConnectionError:
+        except OSError:
             pass
         finally:
             writer.close()

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgehold.api.vmand import Vcpu
 from edgehold.errors import EdgeholdError, FailedError
-from vmand.backend import Finding
+from vmand.backend import Ended, Finding
 from vmand.backend.command import CONSOLE, LOG, MONITOR
 from vmand.backend.console import Console
 from vmand.backend.launcher import Process, last_line
@@ -36,6 +36,7 @@ class Guest:
         qmp_timeout_s: float,
         changed: Callable[[], None],
         output: Callable[[str], None],
+        ended: Ended,
     ) -> None:
         self.run = record.run
         self.process = process
@@ -45,6 +46,8 @@ class Guest:
         who = f"partition {record.id}"
         self.console = Console(directory / CONSOLE, output, who=who)
         self.monitor = Monitor(directory / MONITOR, who=who, timeout_s=qmp_timeout_s, on_event=self._event)
+        for task in (self.console.task, self.monitor.task):
+            task.add_done_callback(ended)
         process.on_end(self._ended)
 
     async def connect(self, timeout_s: float) -> None:

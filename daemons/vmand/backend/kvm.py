@@ -18,6 +18,7 @@ from vmand.backend.kvmprobe import CODE
 
 _DEVICE = Path("/dev/kvm")
 _DEADLINE_S = 5.0
+_REAP_S = 2.0
 _PASSED = 33  # isa-debug-exit: (0x10 << 1) | 1
 _STEPS = {
     "R": "run in real mode",
@@ -74,6 +75,12 @@ class Accelerators:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _choose(self) -> tuple[str, str]:
+        try:
+            return await self._find_out()
+        except OSError as error:
+            raise FailedError(f"KVM can't be tried: {error}; or set accelerator to kvm or tcg") from error
+
+    async def _find_out(self) -> tuple[str, str]:
         if not _DEVICE.exists():  # noqa: ASYNC240 - a look at /dev does not block
             return "tcg", f"{_DEVICE} does not exist"
         if not os.access(_DEVICE, os.R_OK | os.W_OK):
@@ -121,8 +128,12 @@ class Accelerators:
                 pass
             finally:
                 if process.returncode is None:
-                    process.kill()
-                    await process.wait()
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+                    # One that hangs in /dev/kvm may outlive SIGKILL for long; asyncio reaps it when it ends.
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_REAP_S):
+                            await process.wait()
             seen = letters.read_text(encoding="ascii", errors="replace")[:64] if letters.exists() else ""
         lines = complaint.decode(errors="replace").strip().splitlines()
         told = next((line for line in lines if "error" in line or "failed" in line), lines[-1] if lines else "")

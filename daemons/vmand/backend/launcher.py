@@ -6,6 +6,7 @@ in the command line; signals go through a pidfd (pidfd_open(2)), so that a pid t
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -14,12 +15,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgehold.errors import FailedError, TimedOutError
+from edgehold.errors import FailedError, SettingsError, TimedOutError
 
 log = logging.getLogger(__name__)
 
 SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
 _KILL_TIMEOUT_S = 20.0
+_SYSTEMD_TIMEOUT_S = 30.0
+_REAP_S = 2.0
 _LOOKS, _LOOK_EVERY_S = 50, 0.02
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C"}
 
@@ -35,18 +38,27 @@ class Identity:
 
 def start_ticks(pid: int) -> int | None:
     """Field 22 of /proc/PID/stat; None where there is no such process. The name in field 2 may hold anything."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
-    except (OSError, IndexError):
-        return None
+    fields = _proc(pid, "stat").rpartition(b")")[2].split()
+    return int(fields[19]) if len(fields) > 19 else None
 
 
 def arguments(pid: int) -> list[str]:
     """The command line of a process; empty for a dead one."""
+    return _proc(pid, "cmdline").decode(errors="replace").split("\0")[:-1]
+
+
+def _proc(pid: int, name: str) -> bytes:
+    """A file of /proc/PID; empty where there is no such process.
+
+    Raises:
+        FailedError: it can't be told, for example because no file descriptor is left.
+    """
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-    except OSError:
-        return []
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return b""
+    except OSError as error:
+        raise FailedError(f"/proc/{pid}/{name}: {error.strerror}") from error
 
 
 def run_of(argv: Sequence[str]) -> str:
@@ -60,12 +72,26 @@ def run_of(argv: Sequence[str]) -> str:
 def find(own: str) -> list[tuple[int, str]]:
     """(pid, run) of every process whose command line names the text ``own`` and a run."""
     found = []
-    for entry in os.listdir("/proc"):  # noqa: PTH208 - names are enough
+    try:
+        entries = os.listdir("/proc")  # noqa: PTH208 - names are enough
+    except OSError as error:
+        raise FailedError(f"/proc: {error.strerror}") from error
+    for entry in entries:
         if entry.isdigit() and int(entry) != os.getpid():
             argv = arguments(int(entry))
             if (run := run_of(argv)) and any(own in one for one in argv):
                 found.append((int(entry), run))
     return found
+
+
+def _pidfd(pid: int) -> int:
+    """pidfd_open(2); -1 where there is no such process."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno in {errno.ESRCH, errno.EINVAL}:
+            return -1
+        raise FailedError(f"process {pid} can't be watched: {error.strerror}") from error
 
 
 class Process:
@@ -81,14 +107,21 @@ class Process:
 
     @classmethod
     def open(cls, pid: int, run: str, *, started: int | None = None, unit: str = "") -> "Process | None":
-        """The process, or None where it does not exist or is not the one of this run."""
-        try:
-            fd = os.pidfd_open(pid)
-        except OSError:
+        """The process, or None where it does not exist or is not the one of this run.
+
+        Raises:
+            FailedError: it can't be told (no file descriptor is left); then nothing is known of the process.
+        """
+        fd = _pidfd(pid)
+        if fd < 0:
             return None
         # Verified after the pidfd was opened: what it holds now is what it holds for ever.
-        ticks = start_ticks(pid)
-        if ticks is None or started not in {None, ticks} or not run or run_of(arguments(pid)) != run:
+        try:
+            ticks, argv = start_ticks(pid), arguments(pid)
+        except FailedError:
+            os.close(fd)
+            raise
+        if ticks is None or started not in {None, ticks} or not run or run_of(argv) != run:
             os.close(fd)
             return None
         return cls(Identity(pid, ticks, unit), fd)
@@ -97,7 +130,13 @@ class Process:
     def of_child(cls, pid: int) -> "Process":
         """A child that was started just now. Until it is waited for its pid can't be another's; its command line does
         not tell yet, because a parent goes on before the kernel has set it."""
-        return cls(Identity(pid, start_ticks(pid) or 0), os.pidfd_open(pid))
+        try:
+            fd = _pidfd(pid)
+        except FailedError:
+            os.kill(pid, signal.SIGKILL)  # nobody could watch it
+            os.waitpid(pid, 0)
+            raise
+        return cls(Identity(pid, start_ticks(pid) or 0), fd)
 
     @property
     def ended(self) -> bool:
@@ -155,6 +194,16 @@ class Process:
             callback()
 
 
+def check_launcher(setting: str) -> None:
+    """Refuse a launcher that this host does not have.
+
+    Raises:
+        SettingsError: names the cure.
+    """
+    if setting == "systemd" and not SYSTEMD.is_dir():
+        raise SettingsError(f"launcher: systemd does not run here (no {SYSTEMD}); set it to auto or process")
+
+
 def use_systemd(setting: str) -> bool:
     """Whether guests become units."""
     return setting == "systemd" or (setting == "auto" and SYSTEMD.is_dir())
@@ -209,7 +258,9 @@ async def spawn_unit(
         f"--slice={slice_name}",
         *(f"--property={one}" for one in properties),
         "--",
-        *argv,
+        argv[0],
+        # systemd replaces $NAME in the arguments of a command (systemd.service(5), COMMAND LINES); a $ is written $$.
+        *(one.replace("$", "$$") for one in argv[1:]),
     )
     text = await _output("systemctl", "show", "--property=MainPID", "--value", unit)
     pid = int(text) if text.isdigit() else 0
@@ -221,6 +272,18 @@ async def spawn_unit(
     if process is None:
         raise FailedError(f"{argv[0]} ended at once{last_line(log_file)}; journalctl -u {unit} may say more")
     return process
+
+
+async def stop_unit(unit: str) -> None:
+    """Stop a unit, also one that is only about to start. One that does not exist is stopped.
+
+    Raises:
+        TimedOutError: systemd does not answer.
+    """
+    try:
+        await _output("systemctl", "stop", unit)
+    except FailedError as error:
+        log.debug("%s: %s", unit, error)
 
 
 def last_line(log_file: Path) -> str:
@@ -235,10 +298,24 @@ def last_line(log_file: Path) -> str:
 
 
 async def _output(*argv: str) -> str:
-    process = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    out, err = await process.communicate()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+    except OSError as error:
+        raise FailedError(f"{argv[0]} can't be started: {error.strerror}; is systemd installed?") from error
+    try:
+        async with asyncio.timeout(_SYSTEMD_TIMEOUT_S):
+            out, err = await process.communicate()
+    except TimeoutError:
+        raise TimedOutError(f"{argv[0]} did not end within {_SYSTEMD_TIMEOUT_S:g} s; does systemd answer?") from None
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_REAP_S):
+                    await process.wait()
     if process.returncode:
         raise FailedError(f"{argv[0]} failed: {err.decode(errors='replace').strip()[:300]}")
     return out.decode().strip()

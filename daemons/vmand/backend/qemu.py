@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edgehold.api.vmand import Mode, Vcpu
 from edgehold.errors import FailedError
-from vmand.backend import Changed, Finding, Host, Output, Running
+from vmand.backend import Changed, Ended, Finding, Host, Output, Running
 from vmand.backend import launcher as launch
 from vmand.backend.command import LOG, qemu_argv
 from vmand.backend.guest import Guest
@@ -43,6 +43,11 @@ def pool_cores(config: Config) -> frozenset[int]:
     return frozenset(wanted - {0})
 
 
+def _unit(record: Record) -> str:
+    """The unit of a run: made of what the intent holds, so that it is known before systemd is asked for it."""
+    return f"vmand-p-{record.id}-{record.run[:8]}.service"
+
+
 class QemuBackend:
     """Guests by partition id, and the places that belong to them."""
 
@@ -56,12 +61,16 @@ class QemuBackend:
         self._guests: dict[int, Guest] = {}
         self._changed: Changed = lambda _id, _run: None
         self._output: Output = lambda _id, _text: None
+        self._ended: Ended = lambda _task: None
         self._last_console: dict[int, str] = {}
 
-    def begin(self, *, changed: Changed, output: Output) -> None:
-        self._changed, self._output = changed, output
+    def begin(self, *, changed: Changed, output: Output, ended: Ended) -> None:
+        self._changed, self._output, self._ended = changed, output, ended
         for directory in (self._config.memory, self._runs):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise FailedError(f"{directory}: {error.strerror}") from error
 
     async def host(self) -> Host:
         accelerator, reason = await self._accelerators.chosen()
@@ -148,6 +157,9 @@ class QemuBackend:
             self._guests.pop(record.id, None)
         if record.run:
             await self._end_remains({record.run})
+            if self._systemd or record.unit:
+                # Also a unit that systemd was asked for and whose QEMU is not there yet: a command that was cut off.
+                await launch.stop_unit(record.unit or _unit(record))
         shutil.rmtree(self._runs / str(record.id), ignore_errors=True)
 
     async def vcpus(self, record: Record) -> list[Vcpu]:
@@ -166,7 +178,11 @@ class QemuBackend:
         strangers = {run for _pid, run in self._processes() if run not in keep}
         await self._end_remains(strangers)
         live = {str(one.id) for one in records if one.run}
-        for entry in list(self._runs.iterdir()):
+        try:
+            entries = list(self._runs.iterdir())
+        except OSError as error:
+            raise FailedError(f"{self._runs}: {error.strerror}") from error
+        for entry in entries:
             if _RUN_DIR.fullmatch(entry.name) and entry.name not in live:
                 shutil.rmtree(entry, ignore_errors=True)
         for name in self._memory.sweep({one.uuid for one in records}):
@@ -191,6 +207,7 @@ class QemuBackend:
             qmp_timeout_s=self._config.qmp_timeout_s,
             changed=lambda: self._changed(record.id, record.run),
             output=lambda text: self._output(record.id, text),
+            ended=self._ended,
         )
         self._guests[record.id] = guest
         return guest
@@ -213,7 +230,7 @@ class QemuBackend:
             run=record.run,
             log_file=directory / LOG,
             cpus=cpus,
-            unit=f"vmand-p-{record.id}-{record.run[:8]}.service",
+            unit=_unit(record),
             slice_name=self._config.slice,
         )
 

@@ -66,7 +66,7 @@ class Monitor:
         self._client: QMPClient | None = None
         self._connected = asyncio.Event()
         self._dead = False
-        self._task = asyncio.create_task(self._stay_connected(), name=f"monitor of {who}")
+        self.task = asyncio.create_task(self._stay_connected(), name=f"monitor of {who}")
 
     async def wait_connected(self, timeout_s: float) -> None:
         """Until QEMU has greeted.
@@ -120,9 +120,9 @@ class Monitor:
 
     async def close(self) -> None:
         """Let go; QEMU goes on."""
-        self._task.cancel()
+        self.task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+            await self.task
 
     async def _stay_connected(self) -> None:
         pause_s = _RETRY_S
@@ -134,7 +134,7 @@ class Monitor:
 
     async def _converse(self) -> bool:
         """One connection, from its greeting to its end; whether there was one."""
-        from qemu.qmp import ConnectError, QMPClient, Runstate  # noqa: PLC0415 - see call
+        from qemu.qmp import ConnectError, QMPClient  # noqa: PLC0415 - see call
 
         client = QMPClient(self._who)
         try:
@@ -147,12 +147,15 @@ class Monitor:
                 self._connected.set()
                 self._on_event(CONNECTED, {})
                 reader = asyncio.create_task(self._events(listener), name=f"events of {self._who}")
+                end = asyncio.create_task(self._end(client), name=f"end of {self._who}")
                 try:
-                    while client.runstate is Runstate.RUNNING:
-                        await client.runstate_changed()
+                    done, _ = await asyncio.wait({reader, end}, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        task.result()  # a bug in one of them is a bug in this one
                 finally:
-                    reader.cancel()
-                    await asyncio.gather(reader, return_exceptions=True)
+                    for task in (reader, end):
+                        task.cancel()
+                    await asyncio.gather(reader, end, return_exceptions=True)
         finally:
             self._client = None
             if not self._dead:
@@ -160,6 +163,13 @@ class Monitor:
             with contextlib.suppress(Exception):  # the library raises here what ended the connection: known already
                 await client.disconnect()
         return True
+
+    @staticmethod
+    async def _end(client: "QMPClient") -> None:
+        from qemu.qmp import Runstate  # noqa: PLC0415 - see call
+
+        while client.runstate is Runstate.RUNNING:
+            await client.runstate_changed()
 
     async def _events(self, listener: Any) -> None:
         async for event in listener:

@@ -92,9 +92,10 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     launcher: str
     """``systemd`` (a transient unit a guest) or ``process`` (a detached process)."""
-    cores_total: int
+    cores_pool: tuple[int, ...]
+    """Cores that dedicated partitions may be given; core 0 stays with Linux."""
     cores_free: tuple[int, ...]
-    """Cores that a dedicated partition may still be given; core 0 stays with Linux."""
+    """Those of them that no partition has."""
     memory_total_bytes: int
     memory_free_bytes: int
 
