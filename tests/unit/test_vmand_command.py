@@ -143,6 +143,8 @@ def test_what_is_no_regular_file_is_never_opened(tmp_path: Path) -> None:
 @pytest.fixture
 def public() -> Iterator[Path]:
     """A directory that everybody may search, unlike pytest's own."""
+    if not all(Path(one).stat().st_mode & 0o001 for one in ("/", "/tmp")):
+        pytest.skip("the root directory here is closed to other users: no caller but root can name any file")
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         path = Path(name)
         path.chmod(0o755)
