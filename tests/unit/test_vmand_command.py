@@ -407,7 +407,7 @@ async def test_a_probe_that_outlives_its_kill_is_not_waited_for(monkeypatch: pyt
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
     monkeypatch.setattr(kvm, "_DEADLINE_S", 0.01)
-    monkeypatch.setattr(kvm, "_REAP_S", 0.01)
+    monkeypatch.setattr(launcher, "_REAP_S", 0.01)
     async with asyncio.timeout(5):
         said = await kvm.Accelerators("qemu", "auto", cache=Path("/none"))._try()
     assert "did not run in real mode" in said

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from edgehold.errors import FailedError
 from vmand.backend.kvmprobe import CODE
+from vmand.backend.launcher import end_child
 
 _DEVICE = Path("/dev/kvm")
 _DEADLINE_S = 5.0
-_REAP_S = 2.0
 _PASSED = 33  # isa-debug-exit: (0x10 << 1) | 1
 _STEPS = {
     "R": "run in real mode",
@@ -127,13 +127,7 @@ class Accelerators:
             except TimeoutError:
                 pass
             finally:
-                if process.returncode is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        process.kill()
-                    # One that hangs in /dev/kvm may outlive SIGKILL for long; asyncio reaps it when it ends.
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(_REAP_S):
-                            await process.wait()
+                await end_child(process)
             seen = letters.read_text(encoding="ascii", errors="replace")[:64] if letters.exists() else ""
         lines = complaint.decode(errors="replace").strip().splitlines()
         told = next((line for line in lines if "error" in line or "failed" in line), lines[-1] if lines else "")

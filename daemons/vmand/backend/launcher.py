@@ -297,6 +297,16 @@ def last_line(log_file: Path) -> str:
     return f": {lines[-1][:300]}" if lines else ""
 
 
+async def end_child(process: asyncio.subprocess.Process) -> None:
+    """SIGKILL, and a moment's wait. One that hangs in the kernel may outlive it; asyncio reaps it when it ends."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REAP_S):
+                await process.wait()
+
+
 async def _output(*argv: str) -> str:
     try:
         process = await asyncio.create_subprocess_exec(
@@ -310,12 +320,7 @@ async def _output(*argv: str) -> str:
     except TimeoutError:
         raise TimedOutError(f"{argv[0]} did not end within {_SYSTEMD_TIMEOUT_S:g} s; does systemd answer?") from None
     finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_REAP_S):
-                    await process.wait()
+        await end_child(process)
     if process.returncode:
         raise FailedError(f"{argv[0]} failed: {err.decode(errors='replace').strip()[:300]}")
     return out.decode().strip()
