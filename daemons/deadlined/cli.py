@@ -13,9 +13,6 @@ import msgspec
 from edgehold import cli
 from edgehold.api.deadlined import (
     DEFAULT_SOCKET,
-    MAX_PERIOD_NS,
-    MIN_PERIOD_NS,
-    MIN_RUNTIME_NS,
     Attachment,
     AttachmentDetail,
     Capacity,
@@ -25,6 +22,7 @@ from edgehold.api.deadlined import (
     TargetKind,
 )
 from edgehold.clock import NS_PER_MS
+from edgehold.kernel.limits import DL_MAX_PERIOD_NS, DL_MIN_PERIOD_NS, DL_MIN_RUNTIME_NS
 
 T = TypeVar("T")
 _HEADER = ("ID", "TARGET", "TID", "NAME", "STATE", "BUDGET/ms", "PERIOD/ms", "EXECUTED/ms", "WAITED/ms", "L")
@@ -52,7 +50,7 @@ def _ms(ns: int) -> str:
     return f"{ns / NS_PER_MS:.2f}"
 
 
-_BUDGET_MS = click.FloatRange(MIN_RUNTIME_NS / NS_PER_MS, MAX_PERIOD_NS / NS_PER_MS)
+_BUDGET_MS = click.FloatRange(DL_MIN_RUNTIME_NS / NS_PER_MS, DL_MAX_PERIOD_NS / NS_PER_MS)
 
 
 def threads_table(attachments: list[Attachment]) -> str:
@@ -99,10 +97,10 @@ def budgets(*, period_ms: float, cap: float, budget_ms: float | None, min_budget
     if any(math.isnan(one) for one in (period_ms, cap, budget_ms or 0, min_budget_ms or 0)):
         raise click.UsageError("nan is no number")
     largest_ns = int(cap * round(period_ms * NS_PER_MS))
-    if largest_ns < MIN_RUNTIME_NS:
+    if largest_ns < DL_MIN_RUNTIME_NS:
         raise click.UsageError(
             f"--cap x --period-ms is {largest_ns / NS_PER_MS:g} ms, less than the kernel's smallest budget "
-            f"({MIN_RUNTIME_NS / NS_PER_MS:g} ms)"
+            f"({DL_MIN_RUNTIME_NS / NS_PER_MS:g} ms)"
         )
     floor_ns = round(min_budget_ms * NS_PER_MS) if min_budget_ms is not None else None
     if budget_ms is not None:
@@ -128,7 +126,7 @@ def budgets(*, period_ms: float, cap: float, budget_ms: float | None, min_budget
 @click.option("--pid", type=click.IntRange(1), help="A process: all its threads, and those that it starts later.")
 @click.option("--partition", type=click.IntRange(1), help="The virtual CPUs of a shared partition of vmand's.")
 @click.option(
-    "--period-ms", type=click.FloatRange(MIN_PERIOD_NS / NS_PER_MS, MAX_PERIOD_NS / NS_PER_MS),
+    "--period-ms", type=click.FloatRange(DL_MIN_PERIOD_NS / NS_PER_MS, DL_MAX_PERIOD_NS / NS_PER_MS),
     default=_DEFAULT.period_ns / NS_PER_MS, show_default=True, help="P.",
 )  # fmt: skip
 @click.option(

@@ -5,13 +5,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
-    """Which groups may look and change; root and the daemon's own user always may."""
-
-    read: list[str] = field(default_factory=list)
-    operate: list[str] = field(default_factory=list)
+from edgehold.wire.peer import Access
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,4 +24,4 @@ class Settings:
     max_threads: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 5000
     """Threads in all: each keeps a descriptor open."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    access: Access = Access()
+    access: Access = field(default_factory=Access)

@@ -7,18 +7,11 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from edgehold.errors import SettingsError
+from edgehold.wire.peer import Access
 
 # unix(7): sun_path is 108 bytes with its NUL. The longest path that we make below runtime_dir:
 _SUN_PATH = 107
 _LONGEST_SOCKET = "/p/9999999999/console.sock"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
-    """Which groups may look and which may change; root and vmand's own user may always."""
-
-    read: tuple[str, ...] = ()
-    operate: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

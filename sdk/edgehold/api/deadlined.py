@@ -13,16 +13,12 @@ import msgspec
 
 from edgehold.clock import NS_PER_MS
 from edgehold.errors import DeniedError, EdgeholdError, UnavailableError, from_wire
+from edgehold.kernel.limits import DL_MAX_PERIOD_NS, DL_MIN_PERIOD_NS, DL_MIN_RUNTIME_NS
 
 if TYPE_CHECKING:
     import aiohttp
 
 DEFAULT_SOCKET = Path("/run/deadlined/api.sock")
-
-# Bounds of the kernel (kernel/sched/deadline.c, __checkparam_dl; defaults of sched_deadline_period_{min,max}_us).
-MIN_RUNTIME_NS = 1024
-MIN_PERIOD_NS = 100_000
-MAX_PERIOD_NS = 4_194_304_000
 
 
 class TargetKind(StrEnum):
@@ -45,8 +41,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the budget is sized. All times in nanoseconds; see docs/deadlined.md for what each does."""
 
-    period_ns: Annotated[int, msgspec.Meta(ge=MIN_PERIOD_NS, le=MAX_PERIOD_NS)] = 100 * NS_PER_MS
-    initial_budget_ns: Annotated[int, msgspec.Meta(ge=MIN_RUNTIME_NS, le=MAX_PERIOD_NS)] = 10 * NS_PER_MS
+    period_ns: Annotated[int, msgspec.Meta(ge=DL_MIN_PERIOD_NS, le=DL_MAX_PERIOD_NS)] = 100 * NS_PER_MS
+    initial_budget_ns: Annotated[int, msgspec.Meta(ge=DL_MIN_RUNTIME_NS, le=DL_MAX_PERIOD_NS)] = 10 * NS_PER_MS
     """Need not be accurate: the rule finds the need by itself."""
     overallocation: Annotated[float, msgspec.Meta(gt=0, le=4)] = 0.1
     """The share above the measured need (0.1: ten per cent): growth could never be seen without it."""
@@ -54,7 +50,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How many samples the largest is taken of."""
     cap: Annotated[float, msgspec.Meta(gt=0, le=0.95)] = 0.8
     """The largest share of the period that one thread may be given."""
-    min_budget_ns: Annotated[int, msgspec.Meta(ge=MIN_RUNTIME_NS, le=MAX_PERIOD_NS)] = 1 * NS_PER_MS
+    min_budget_ns: Annotated[int, msgspec.Meta(ge=DL_MIN_RUNTIME_NS, le=DL_MAX_PERIOD_NS)] = 1 * NS_PER_MS
     """The floor: an idle thread keeps this much."""
 
 

@@ -18,7 +18,7 @@ import threading
 from dataclasses import asdict, dataclass
 
 from edgehold.errors import DeniedError, EdgeholdError, FailedError
-from edgehold.kernel import native, procfs, sched
+from edgehold.kernel import limits, native, procfs, sched
 from edgehold.kernel.sched import Policy, SchedAttr
 
 # A long period keeps the smallest share (RESOLUTION x 1 s = 0.5 ms) above what the search itself executes, so that no
@@ -89,7 +89,7 @@ def _take() -> float:
     ask = steps  # mostly a whole CPU is free
     while low + 1 < high:
         attr = SchedAttr.deadline(
-            runtime_ns=max(ask * _PERIOD_NS // steps, sched.DL_MIN_RUNTIME_NS), period_ns=_PERIOD_NS
+            runtime_ns=max(ask * _PERIOD_NS // steps, limits.DL_MIN_RUNTIME_NS), period_ns=_PERIOD_NS
         )
         try:
             sched.set_attr(0, attr)

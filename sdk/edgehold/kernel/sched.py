@@ -12,12 +12,8 @@ from pathlib import Path
 
 from edgehold.errors import DeniedError, EdgeholdError, FailedError, NoCapacityError
 from edgehold.kernel import native
+from edgehold.kernel.limits import DL_MAX_PERIOD_NS, DL_MIN_PERIOD_NS, DL_MIN_RUNTIME_NS
 from edgehold.kernel.procfs import GoneError, is_gone
-
-# Bounds of a reservation (kernel/sched/deadline.c, __checkparam_dl, with the default sysctls), in nanoseconds.
-DL_MIN_RUNTIME_NS = 1024
-DL_MIN_PERIOD_NS = 100_000
-DL_MAX_PERIOD_NS = 4_194_304_000
 
 
 class Policy(IntEnum):

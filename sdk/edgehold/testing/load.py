@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import IO, Self
 
-from edgehold.kernel import capacity, procfs, sched
+from edgehold.kernel import capacity, limits, procfs, sched
 from edgehold.kernel.procfs import GoneError
 from edgehold.kernel.sched import SchedAttr
 
@@ -139,7 +139,7 @@ def deadline_refusal() -> str:
         # A running thread that sets and unsets itself leaves nothing behind but a share of this size for a moment. The
         # budget is more than it can use in between: a thread that ran out of it would wait for its next period.
         try:
-            sched.set_attr(0, SchedAttr.deadline(runtime_ns=sched.DL_MIN_PERIOD_NS * 10, period_ns=10**9))
+            sched.set_attr(0, SchedAttr.deadline(runtime_ns=limits.DL_MIN_PERIOD_NS * 10, period_ns=10**9))
             sched.set_attr(0, SchedAttr())
         except OSError as error:
             refusal.append(str(error))

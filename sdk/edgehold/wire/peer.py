@@ -52,6 +52,14 @@ def peer_of(connection: socket.socket) -> Peer:
     return Peer(pid, uid, gid, frozenset({gid, *groups}))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """A daemon's settings: which groups may look and which may change; root and the daemon's own user always may."""
+
+    read: tuple[str, ...] = ()
+    operate: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Roles:
     """Which groups may read and operate. Root and the daemon's own user may always operate."""
