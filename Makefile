@@ -3,15 +3,18 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-GUEST := build/guest/amd64/initramfs.gz
-# What each step needs from Debian: compiling the extension and the guest's job, running guests, linting scripts.
-APT_BUILD := gcc libc6-dev python3-dev python3-venv cpio kmod
-APT_RUN := qemu-system-x86
+GUESTS := build/guest/amd64/initramfs.gz build/guest/arm64/initramfs.gz
+TESTKERNEL := build/testkernel/initramfs.gz
+# What each step needs from Debian: compiling the extension, the guests' programs and test modules; running guests;
+# linting scripts; the daemon that the benchmarks compare with.
+APT_BUILD := gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross python3-dev python3-venv cpio kmod libelf1
+APT_RUN := qemu-system-x86 qemu-system-arm qemu-utils device-tree-compiler iproute2
 APT_LINT := shellcheck
+APT_PEER := libvirt-daemon-system libvirt-clients python3-libvirt
 SOURCES := ext/build_kernel.py $(wildcard ext/*.c ext/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-integration lint fmt bench ext guest setup clean
+.PHONY: help demo test test-unit test-integration lint fmt bench bench-peer bench-isolation ext guest testkernel setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -19,12 +22,12 @@ help: ## this list
 demo: setup guest ## boot a guest whose vCPU's reservation sizes itself; writes build/demo/report.html
 	$(BIN)/python -m demo
 
-test: setup guest lint test-unit test-integration ## everything that CI runs
+test: setup guest testkernel lint test-unit test-integration ## everything that CI runs
 
 test-unit: setup ## seconds, no root, no guest
 	$(BIN)/python -m pytest tests/unit tests/repo
 
-test-integration: setup guest ## real kernel, real QEMU; needs root
+test-integration: setup guest testkernel ## real kernel, real QEMU; needs root
 	EDGEHOLD_REQUIRE=$${EDGEHOLD_REQUIRE-1} $(BIN)/python -m pytest tests/integration
 
 lint: setup build/.apt-lint ## ruff, mypy strict, import contracts, codespell, shellcheck
@@ -39,12 +42,20 @@ fmt: setup ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## what calls and imports cost, as a table and build/bench/*.json
+bench: setup guest ## what calls, imports and partitions cost, as a table and build/bench/*.json
 	$(BIN)/python -m tests.bench
+
+bench-peer: setup guest build/.apt-peer ## the same beside libvirt on this machine; needs root
+	$(BIN)/python -m tests.bench.peer
+
+bench-isolation: setup guest ## a partition's job while another one attacks; needs root and a quiet machine
+	$(BIN)/python -m tests.bench.isolation
 
 ext: setup ## compile the extension (a part of set-up)
 
-guest: $(GUEST) ## build the small guest from Debian's kernel and busybox
+guest: $(GUESTS) ## build the small guests from Debian's kernels and busybox
+
+testkernel: $(TESTKERNEL) ## build what tests boot to run under another kernel (downloads about 90 MB)
 
 setup: build/.venv ## virtual environment, Debian packages and the extension
 
@@ -54,6 +65,10 @@ build/.apt-build: Makefile
 
 build/.apt-lint: Makefile
 	@tools/apt-need $(APT_LINT)
+	@mkdir -p build && touch $@
+
+build/.apt-peer: Makefile
+	@tools/apt-need $(APT_PEER)
 	@mkdir -p build && touch $@
 
 build/.venv: pyproject.toml constraints.txt setup.py $(SOURCES) | build/.apt-build
@@ -67,9 +82,13 @@ build/.apt-build build/.venv: | build
 build:
 	@mkdir -p build
 
-$(GUEST): $(wildcard images/guest/*) | build/.apt-build
+$(GUESTS) &: $(wildcard images/guest/*) images/apt.sh | build/.apt-build
 	@images/guest/build.sh
+	@touch $(GUESTS)
+
+$(TESTKERNEL): $(wildcard images/testkernel/*) images/apt.sh | build/.apt-build
+	@images/testkernel/build.sh
 	@touch $@
 
-clean: ## remove what was built (not the downloads of the guest)
+clean: ## remove what was built (not what images/ built and downloaded)
 	rm -rf $(VENV) build/.venv build/.apt-* build/demo build/bench ext/_build sdk/edgehold/_kernel*.so edgehold.egg-info sdk/*.egg-info

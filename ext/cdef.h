@@ -38,3 +38,5 @@ int eh_sched_leave(int32_t tid, int stat_fd, const struct eh_sched_attr *if_asle
                    const struct eh_sched_attr *wanted, struct eh_left *left);
 /* Reads n schedstat files through descriptors that the caller keeps. Returns how many could not be read. */
 int eh_schedstat_read(const int *fds, struct eh_schedstat *out, int n);
+/* The calling thread's memory policy (set_mempolicy(2)): mode with one node, or with none where node is negative. */
+int eh_set_mempolicy(int mode, int node);

@@ -16,12 +16,10 @@ from edgehold.systemd import activation, journal
 from edgehold.wire.control import ControlServer, bind_unix
 from edgehold.wire.peer import Roles, socket_mode
 from vmand.api import Api
-from vmand.backend import Host
-from vmand.backend.launcher import check_launcher
-from vmand.backend.memory import check_directory
-from vmand.backend.qemu import QemuBackend, pool_cores
+from vmand.backend import Host, backends
 from vmand.config import Config
 from vmand.model import GIB
+from vmand.placement import Topology
 from vmand.recovery import recover
 from vmand.service import Service
 from vmand.store import Store
@@ -35,9 +33,8 @@ def main() -> None:
     try:
         config = settings.load(Config, "vmand", path=options.config)
         config.check()
-        check_launcher(config.launcher)
-        check_directory(config.memory)
-        pool = _pool(config)
+        kind = backends.kind_of(config)
+        topology, pool = backends.pool_of(config)
         roles = Roles.from_groups(read=config.access.read, operate=config.access.operate)
     except SettingsError as error:
         print(f"vmand: {error}", file=sys.stderr)  # noqa: T201 - there is no logging yet
@@ -46,29 +43,25 @@ def main() -> None:
         print("vmand: the settings are right")  # noqa: T201 - what --check-config is for
         return
     journal.setup("vmand", config.log_level)
-    sys.exit(run("vmand", lambda runtime: _alive(runtime, config, pool, roles)))
-
-
-def _pool(config: Config) -> frozenset[int]:
-    try:
-        return pool_cores(config)
-    except ValueError as error:
-        raise SettingsError(f"pool.cores: {error}") from None
+    sys.exit(run("vmand", lambda runtime: _alive(runtime, config, roles, kind=kind, topology=topology, pool=pool)))
 
 
 @contextlib.asynccontextmanager
-async def _alive(runtime: Runtime, config: Config, pool: frozenset[int], roles: Roles) -> AsyncIterator[None]:
+async def _alive(
+    runtime: Runtime, config: Config, roles: Roles, *, kind: str, topology: Topology, pool: frozenset[int]
+) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         passed = activation.listen_sockets()
-        for directory in (config.runtime, Path(config.state_dir), config.memory):
-            mode = 0o755 if directory == config.runtime else 0o700
+        # A QEMU of another user walks through two of them to what is its own.
+        for directory, mode in ((config.runtime, 0o755), (Path(config.state_dir), 0o700), (config.memory, 0o711)):
             stack.enter_context(directories.owned(directory, mode=mode, who="vmand"))
         store = stack.enter_context(contextlib.closing(Store(config.journal)))
         service = Service(
-            backend=QemuBackend(config, pool=pool),
+            backend=backends.make(kind, config, topology=topology, pool=pool),
             store=store,
             clock=runtime.clock,
             pool=pool,
+            topology=topology,
             max_partitions=config.limits.partitions,
             memory_limit=int(config.pool.memory_gib * GIB),
             shutdown_timeout_s=config.shutdown_timeout_s,
@@ -76,7 +69,7 @@ async def _alive(runtime: Runtime, config: Config, pool: frozenset[int], roles: 
         )
         stack.push_async_callback(service.close)
         await recover(service)
-        api = Api(service, image_limit_mib=config.limits.image_mib, host_cores=os.cpu_count() or 1)
+        api = Api(service, config=config, host_cores=os.cpu_count() or 1)
         # The first deploy needs the answer; trying may take seconds and must delay neither the start nor the stop.
         probe = asyncio.create_task(service.backend.host(), name="which accelerator")
         stack.push_async_callback(_drop, probe)

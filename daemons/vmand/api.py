@@ -2,97 +2,50 @@
 
 import asyncio
 import logging
-import re
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
-from msgspec import Meta
-
-from edgehold.api.vmand import Mode
-from edgehold.errors import BadRequestError, EdgeholdError, UnsupportedError
-from edgehold.wire.control import Connection
+from edgehold.errors import BadRequestError, EdgeholdError
+from edgehold.wire.control import Answer, Connection
 from edgehold.wire.jsonlines import Request
 from edgehold.wire.peer import Role, require
-from vmand import model
-from vmand.backend import images
-from vmand.model import Record
+from edgehold.wire.stream import close_all, duplicates
+from vmand import arguments, model
+from vmand.arguments import Arguments, Create, Deploy, Nothing, OfPartition, Reboot, Shutdown, Subscribe
+from vmand.backend import Trait, opening
+from vmand.config import Config
+from vmand.model import Record, plain
 from vmand.service import Service
 
 log = logging.getLogger(__name__)
 
 COMMAND_ID = "0d5b1b0d6f0f4c53a4b7f3b0f5b7a9c1"
 """MESSAGE_ID of the line that each changing command leaves: who asked, and what came of it."""
-_AT = re.compile(r" - at `\$\.?(?P<key>[^`]*)`$")
-_MAX_CORES = 4096
-
-Id = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 
 
-class _Args(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Arguments of a command; what is not named is refused."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """Who asks, and what came with the request."""
 
-
-class Nothing(_Args, frozen=True, kw_only=True):
-    """No arguments."""
-
-
-class OfPartition(_Args, frozen=True, kw_only=True):
-    """Which one."""
-
-    id: Id
-
-
-class Create(_Args, frozen=True, kw_only=True):
-    """create-partition."""
-
-    cores: Annotated[int, Meta(ge=1, le=_MAX_CORES)]
-    memsize: Annotated[float, Meta(gt=0)]
-    secure: bool = False
-    mode: Mode = Mode.DEDICATED
-    name: str = ""
-
-
-class Deploy(_Args, frozen=True, kw_only=True):
-    """deploy."""
-
-    partition_id: Id
-    kernel: str
-    initrd: str = ""
-    dtb: str = ""
-    cmdline: str = ""
-
-
-class Shutdown(_Args, frozen=True, kw_only=True):
-    """shutdown."""
-
-    id: Id
-    timeout_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
-    force: bool = False
-
-
-class Subscribe(_Args, frozen=True, kw_only=True):
-    """subscribe."""
-
-    id: Id | None = None
-    console: bool = False
+    connection: Connection
+    fds: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    args: type[_Args]
+    args: type[Arguments]
     role: Role
-    run: Callable[[Any, Connection], Awaitable[Any]]
+    run: Callable[[Any, _Call], Awaitable[Any]]
 
 
 class Api:
     """The handler of a `ControlServer`."""
 
-    def __init__(self, service: Service, *, image_limit_mib: int, host_cores: int) -> None:
+    def __init__(self, service: Service, *, config: Config, host_cores: int) -> None:
         self._service = service
-        self._image_limit_mib = image_limit_mib
+        self._config = config
         self._host_cores = host_cores
         self.outcomes: Counter[tuple[str, str]] = Counter()
         look, change = Role.READ, Role.OPERATE
@@ -101,14 +54,16 @@ class Api:
             model.DEPLOY: _Command(Deploy, change, self._deploy),
             model.SUSPEND: _Command(OfPartition, change, self._suspend),
             model.RESTORE: _Command(OfPartition, change, self._restore),
-            model.REBOOT: _Command(OfPartition, change, self._reboot),
+            model.REBOOT: _Command(Reboot, change, self._reboot),
             model.SHUTDOWN: _Command(Shutdown, change, self._shutdown),
             model.DESTROY: _Command(OfPartition, change, self._destroy),
             "list": _Command(Nothing, look, self._list),
             "status": _Command(OfPartition, look, self._status),
             "vcpus": _Command(OfPartition, look, self._vcpus),
             "console": _Command(OfPartition, look, self._console),
+            "attach-console": _Command(OfPartition, change, self._attach_console),
             "capabilities": _Command(Nothing, look, self._capabilities),
+            "doctor": _Command(Nothing, look, self._doctor),
             "subscribe": _Command(Subscribe, look, self._subscribe),
         }
 
@@ -124,12 +79,18 @@ class Api:
         outcome = "internal"
         try:
             require(connection.role, command.role, request.command)
-            args = read_args(request.command, request.args, command.args)
+            if request.fds and request.command != model.DEPLOY:
+                raise BadRequestError(
+                    f"{request.command}: it takes no descriptors, and {len(request.fds)} came with it"
+                )
+            args = arguments.read(request.command, request.args, command.args)
             if command.role is Role.READ:
-                answer = await command.run(args, connection)
+                answer = await command.run(args, _Call(connection=connection, fds=()))
             else:
                 # The caller may go away or vmand be told to stop: what was begun is brought to its end.
-                work = self._service.spawn(_run(command, args, connection), f"{request.command} by {connection.peer}")
+                call = _Call(connection=connection, fds=duplicates(request.fds))
+                work = self._service.spawn(_run(command, args, call), f"{request.command} by {connection.peer}")
+                work.add_done_callback(lambda _task: close_all(call.fds))
                 answer = await asyncio.shield(work)
         except EdgeholdError as error:
             outcome = error.code
@@ -147,8 +108,8 @@ class Api:
     def _note(self, connection: Connection, request: Request, what: str, outcome: str, answer: Any) -> None:
         named = answer if isinstance(answer, dict) else request.args  # create-partition names it in its answer
         told = named.get("id", named.get("partition_id"))
-        # A refused request's arguments may be anything: only what can be an id comes into the journal.
-        partition = told if type(told) is int and 0 < told < 2**63 else "-"
+        # A refused request's arguments may be anything: only what can name a partition comes into the journal.
+        partition = told if (type(told) is int and 0 < told < 2**63) or _is_name(told) else "-"
         fields = {
             "message_id": COMMAND_ID,
             "command": request.command,
@@ -157,93 +118,92 @@ class Api:
             "peer_uid": connection.peer.uid,
             "peer_pid": connection.peer.pid,
         }
-        log.info("%s %s by %s: %s", request.command, partition, connection.peer, what, extra=fields)
+        log.info("%s %s by %s: %s", request.command, partition, connection.peer, plain(what), extra=fields)
 
-    async def _create(self, args: Create, _connection: Connection) -> dict[str, Any]:
-        if args.secure:
-            raise UnsupportedError(
-                "secure: this back end has no secure world to put a partition into; create it with secure false"
-            )
+    async def _create(self, args: Create, _call: _Call) -> dict[str, Any]:
         if args.cores > self._host_cores:
             raise BadRequestError(f"cores: {args.cores} are wanted and this host has {self._host_cores}")
         size = model.memory_bytes(args.memsize)
-        record = await self._service.create(cores=args.cores, memory_bytes=size, mode=args.mode, name=args.name)
+        record = await self._service.create(
+            cores=args.cores,
+            memory_bytes=size,
+            mode=args.mode,
+            name=args.name,
+            secure=args.secure,
+            strict=args.strict,
+        )
         return {"id": record.id}
 
-    async def _deploy(self, args: Deploy, connection: Connection) -> dict[str, Any]:
-        self._service.check(args.partition_id, model.DEPLOY)
-        with images.opened(
-            kernel=args.kernel,
-            initrd=args.initrd,
-            dtb=args.dtb,
-            cmdline=args.cmdline,
-            limit_mib=self._image_limit_mib,
-            peer=connection.peer,
-        ) as checked:
-            return _state(await self._service.deploy(args.partition_id, checked))
+    async def _deploy(self, args: Deploy, call: _Call) -> dict[str, Any]:
+        partition = self._id(args.partition_id)
+        self._service.check(partition, model.DEPLOY)
+        if args.disks or args.nics or args.vsock or args.agent:
+            self._service.require(Trait.VIRTIO, "deploy: disks, nics, vsock and agent")
+        if args.dtb is not None:
+            self._service.require(Trait.DEVICE_TREE, "deploy: dtb")
+        model.check_cmdline(args.cmdline)
+        with opening.opened(args, fds=call.fds, peer=call.connection.peer, config=self._config) as images:
+            return _state(await self._service.deploy(partition, images))
 
-    async def _suspend(self, args: OfPartition, _connection: Connection) -> dict[str, Any]:
-        return _state(await self._service.suspend(args.id))
+    async def _suspend(self, args: OfPartition, _call: _Call) -> dict[str, Any]:
+        return _state(await self._service.suspend(self._id(args.id)))
 
-    async def _restore(self, args: OfPartition, _connection: Connection) -> dict[str, Any]:
-        return _state(await self._service.restore(args.id))
+    async def _restore(self, args: OfPartition, _call: _Call) -> dict[str, Any]:
+        return _state(await self._service.restore(self._id(args.id)))
 
-    async def _reboot(self, args: OfPartition, _connection: Connection) -> dict[str, Any]:
-        return _state(await self._service.reboot(args.id))
+    async def _reboot(self, args: Reboot, _call: _Call) -> dict[str, Any]:
+        partition = self._id(args.id)
+        return _state(await self._service.reboot(partition, graceful=args.graceful, timeout_s=args.timeout_s))
 
-    async def _shutdown(self, args: Shutdown, _connection: Connection) -> dict[str, Any]:
-        return _state(await self._service.shutdown(args.id, timeout_s=args.timeout_s, force=args.force))
+    async def _shutdown(self, args: Shutdown, _call: _Call) -> dict[str, Any]:
+        partition = self._id(args.id)
+        return _state(await self._service.shutdown(partition, timeout_s=args.timeout_s, force=args.force))
 
-    async def _destroy(self, args: OfPartition, _connection: Connection) -> dict[str, Any]:
-        return {"id": (await self._service.destroy(args.id)).id}
+    async def _destroy(self, args: OfPartition, _call: _Call) -> dict[str, Any]:
+        return {"id": (await self._service.destroy(self._id(args.id))).id}
 
-    async def _list(self, _args: Nothing, _connection: Connection) -> Any:
+    async def _list(self, _args: Nothing, _call: _Call) -> Any:
         return self._service.partitions()
 
-    async def _status(self, args: OfPartition, _connection: Connection) -> Any:
-        return self._service.status(args.id)
+    async def _status(self, args: OfPartition, _call: _Call) -> Any:
+        return self._service.status(self._id(args.id))
 
-    async def _vcpus(self, args: OfPartition, _connection: Connection) -> Any:
-        return await self._service.vcpus(args.id)
+    async def _vcpus(self, args: OfPartition, _call: _Call) -> Any:
+        return await self._service.vcpus(self._id(args.id))
 
-    async def _console(self, args: OfPartition, _connection: Connection) -> dict[str, Any]:
-        return {"text": self._service.console(args.id)}
+    async def _console(self, args: OfPartition, _call: _Call) -> dict[str, Any]:
+        return {"text": self._service.console(self._id(args.id))}
 
-    async def _capabilities(self, _args: Nothing, _connection: Connection) -> Any:
+    async def _attach_console(self, args: OfPartition, _call: _Call) -> Answer:
+        stream = self._service.attach(self._id(args.id))
+        return Answer({}, (stream.detach(),))
+
+    async def _capabilities(self, _args: Nothing, _call: _Call) -> Any:
         return await self._service.capabilities()
 
-    async def _subscribe(self, args: Subscribe, connection: Connection) -> dict[str, Any]:
+    async def _doctor(self, _args: Nothing, _call: _Call) -> Any:
+        return await self._service.backend.doctor()
+
+    def _id(self, which: int | str) -> int:
+        return self._service.record(which).id
+
+    async def _subscribe(self, args: Subscribe, call: _Call) -> dict[str, Any]:
+        connection = call.connection
+        partition = None if args.id is None else self._id(args.id)
         # The buffer as it is now: what follows comes as events, nothing is lost or doubled in between.
-        text = self._service.console(args.id) if args.id is not None else ""
-        if self._service.hub.subscribe(connection, args.id, console=args.console):
+        text = self._service.console(partition) if partition is not None and args.console else ""
+        if self._service.hub.subscribe(connection, partition, console=args.console):
             connection.on_close.append(lambda: self._service.hub.forget(connection))
-        return {"text": text if args.console else ""}
+        return {"text": text}
 
 
-async def _run(command: _Command, args: _Args, connection: Connection) -> Any:
-    return await command.run(args, connection)
+async def _run(command: _Command, args: Arguments, call: _Call) -> Any:
+    return await command.run(args, call)
+
+
+def _is_name(told: object) -> bool:
+    return isinstance(told, str) and model.NAME.fullmatch(told) is not None
 
 
 def _state(record: Record) -> dict[str, Any]:
     return {"id": record.id, "state": record.state.value}
-
-
-def read_args(command: str, args: dict[str, Any], kind: type[_Args]) -> Any:
-    """The arguments as their type.
-
-    Raises:
-        BadRequestError: names the argument, what is wrong with it, and what the command takes.
-    """
-    try:
-        return msgspec.convert(args, kind)
-    except msgspec.ValidationError as error:
-        text = str(error)
-        at = _AT.search(text)
-        where = f"{at['key']}: " if at and at["key"] else ""
-        what = (text[: at.start()] if at else text).replace("`", "")
-        raise BadRequestError(f"{command}: {where}{what}; it takes {_takes(kind)}") from None
-
-
-def _takes(kind: type[_Args]) -> str:
-    fields = msgspec.structs.fields(kind)
-    return ", ".join(f"{one.name}{'' if one.required else ' (optional)'}" for one in fields) or "no arguments"

@@ -33,6 +33,10 @@ class Limits:
     partitions: Annotated[int, Meta(ge=1, le=1024)] = 64
     image_mib: Annotated[int, Meta(ge=1)] = 1024
     """Size of a kernel, an initial RAM disk or a device tree."""
+    disks: Annotated[int, Meta(ge=0, le=16)] = 8
+    """Disks of one guest."""
+    nics: Annotated[int, Meta(ge=0, le=8)] = 4
+    """Network interfaces of one guest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +46,24 @@ class Config:
     runtime_dir: str = "/run/vmand"
     state_dir: str = "/var/lib/vmand"
     memory_dir: str = "/dev/shm/vmand"  # noqa: S108 - a directory of our own, 0700, in the tmpfs that every host has
+    backend: Literal["auto", "qemu", "vmanager"] = "auto"
+    """``auto``: the firmware's partitions where ``vmanager_device`` exists, else QEMU."""
+    vmanager_device: str = "/dev/vmanager"
+    hugepages: bool = True
+    """Take a partition's memory from the host's huge pages where a hugetlbfs is mounted and enough are free."""
+    steer: bool = True
+    """Move interrupts and unbound workqueues off the cores of deployed dedicated partitions."""
+    bridges: tuple[str, ...] = ()
+    """Bridges of the host into which guests may be put. Empty: no guest gets a network interface."""
+    uid_first: Annotated[int, Meta(ge=0, le=2**32 - 2 - 1024)] = 1_900_000_000
+    """First of the uids as which QEMUs run, one a partition; no other use of them on this host. 0: vmand's own user."""
     http: bool = True
     """Serve /healthz and /metrics on ``runtime_dir/http.sock``."""
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     launcher: Literal["auto", "systemd", "process"] = "auto"
     slice: str = "vmand.slice"
     qemu: str = "qemu-system-x86_64"
+    qemu_aarch64: str = "qemu-system-aarch64"
     qmp_timeout_s: Annotated[float, Meta(gt=0)] = 10.0
     """For each answer of QEMU; one whose vCPU is held by a small reservation takes several 100 ms."""
     start_timeout_s: Annotated[float, Meta(gt=0)] = 30.0

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from edgehold.api.vmand import Event, State
 from edgehold.clock import Clock
+from vmand.model import Record
 
 NAME = "partition"
 
@@ -47,9 +48,26 @@ class Hub:
         """The listener went away."""
         self._listeners.pop(listener, None)
 
-    def state(self, partition: int, state: State, reason: str) -> None:
+    def state(self, record: Record) -> None:
         """A partition came into a state."""
-        self._send(Event(kind="state", partition=partition, time_s=self._clock.wall_s(), state=state, reason=reason))
+        state = State.BUSY if record.pending else record.state
+        reason = record.pending or record.reason
+        self._send(Event(kind="state", partition=record.id, time_s=self._clock.wall_s(), state=state, reason=reason))
+
+    def grade(self, record: Record) -> None:
+        """What a partition has of its cores and its memory is another by now."""
+        told = [f"cores: {record.cores_reason}"] if record.cores_reason else []
+        told += [f"memory: {record.memory_reason}"] if record.memory_reason else []
+        self._send(
+            Event(
+                kind="grade",
+                partition=record.id,
+                time_s=self._clock.wall_s(),
+                reason="; ".join(told),
+                cores_grade=record.cores_grade,
+                memory_grade=record.memory_grade,
+            )
+        )
 
     def gone(self, partition: int) -> None:
         """A partition was destroyed."""

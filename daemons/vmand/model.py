@@ -4,12 +4,13 @@ Pure: no I/O, no await. Sources: the vManager's internal API (NANCY D3.4 §3.2.1
 """
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
+from dataclasses import dataclass
 from enum import StrEnum
 
 import msgspec
 
-from edgehold.api.vmand import Mode, Partition, State
+from edgehold.api.vmand import CoresGrade, MemoryGrade, Mode, Nic, Partition, State
 from edgehold.errors import BadRequestError, NoCapacityError
 from edgehold.fsm import Transitions
 
@@ -20,7 +21,7 @@ GRANULE_BYTES = 2 * MIB
 MIN_MEMORY_BYTES = 16 * MIB
 MAX_MEMORY_GIB = 64 * 1024
 MAX_CMDLINE = 2048
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,32}")
+NAME = re.compile(r"[A-Za-z0-9._-]{1,32}")
 
 CREATE = "create-partition"
 DEPLOY = "deploy"
@@ -37,11 +38,14 @@ TABLE: Transitions[State] = Transitions(
         SUSPEND: (frozenset({State.DEPLOYED}), State.SUSPENDED),
         RESTORE: (frozenset({State.SUSPENDED}), State.DEPLOYED),
         REBOOT: (frozenset({State.DEPLOYED}), State.DEPLOYED),
-        # The document allows DEPLOYED alone; from FAILED it is our way back to a partition that can be deployed.
-        SHUTDOWN: (frozenset({State.DEPLOYED, State.FAILED}), State.READY),
+        # The document allows DEPLOYED alone. From FAILED it is our way back to a partition that can be deployed; one
+        # that is SUSPENDED goes on first, so that its guest can power off in order.
+        SHUTDOWN: (frozenset({State.DEPLOYED, State.SUSPENDED, State.FAILED}), State.READY),
         DESTROY: (frozenset({State.READY, State.SUSPENDED, State.FAILED}), None),
     },
 )
+LONG = frozenset({DEPLOY, SHUTDOWN, DESTROY})
+"""Commands that take long enough for the state BUSY to be told to those who watch."""
 LIVE = frozenset({State.DEPLOYED, State.SUSPENDED})
 """The states in which a guest has a process."""
 
@@ -69,13 +73,38 @@ AFTER: dict[Found, State] = {
 """The state that follows from what was found in a partition with a guest."""
 
 
-class Images(msgspec.Struct, frozen=True, kw_only=True):
-    """What is loaded into a partition: absolute paths of checked files, and the guest kernel's command line."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenFile:
+    """A file that is open and was checked; whoever opened it closes it."""
 
-    kernel: str
-    initrd: str = ""
-    dtb: str = ""
+    fd: int
+    name: str
+    """What the caller called it, for errors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenDisk:
+    """A disk's file: open for what it is to be used for, locked against a second use (fcntl(2), OFD locks)."""
+
+    file: OpenFile
+    format: str
+    readonly: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Images:
+    """What is loaded into a partition and what its guest is given."""
+
+    kernel: OpenFile
+    initrd: OpenFile | None = None
+    dtb: OpenFile | None = None
     cmdline: str = ""
+    disks: tuple[OpenDisk, ...] = ()
+    nics: tuple[Nic, ...] = ()
+    vsock: bool = False
+    agent: bool = False
+    arch: str = ""
+    """``x86_64`` or ``aarch64``: what the kernel's image is for."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,24 +116,53 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     mode: Mode
     cores: int
     memory_bytes: int
+    slot: int = 0
+    """The smallest number that no other partition has: its user, its vsock address and its taps' names follow."""
+    secure: bool = False
+    strict: bool = False
     state: State = State.READY
     cpus: tuple[int, ...] = ()
+    node: int | None = None
+    cores_grade: CoresGrade | None = None
+    cores_reason: str = ""
+    memory_grade: MemoryGrade | None = None
+    memory_reason: str = ""
     run: str = ""
     """The uuid of the present or intended run of a guest; it stands in the command line of the guest's process."""
     pid: int | None = None
     start_ticks: int = 0
     """When the process started, in clock ticks since boot (field 22 of /proc/PID/stat): pids come back, this not."""
+    uid: int | None = None
+    """The user of the process."""
     unit: str = ""
+    arch: str = ""
+    vsock_cid: int | None = None
     accelerator: str = ""
     boot_count: int = 0
     reason: str = ""
+    last_output: str = ""
+    """The last lines that a guest printed which FAILED."""
     pending: str = ""
     """The command whose outcome is not written yet."""
 
     def at_rest(self, state: State, *, reason: str = "") -> "Record":
         """The same partition with no guest and no command under way."""
         return msgspec.structs.replace(
-            self, state=state, reason=reason, pending="", run="", pid=None, start_ticks=0, unit="", accelerator=""
+            self,
+            state=state,
+            reason=reason,
+            last_output=self.last_output if state is State.FAILED else "",
+            pending="",
+            run="",
+            pid=None,
+            start_ticks=0,
+            uid=None,
+            unit="",
+            arch="",
+            vsock_cid=None,
+            accelerator="",
+            cores_grade=None,
+            cores_reason="",
         )
 
     def public(self) -> Partition:
@@ -113,16 +171,28 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             id=self.id,
             name=self.name,
             uuid=self.uuid,
-            state=self.state,
+            state=State.BUSY if self.pending else self.state,
+            command=self.pending,
             mode=self.mode,
             cores=self.cores,
             memory_bytes=self.memory_bytes,
+            secure=self.secure,
+            strict=self.strict,
             cpus=self.cpus,
+            node=self.node,
+            cores_grade=self.cores_grade,
+            cores_reason=self.cores_reason,
+            memory_grade=self.memory_grade,
+            memory_reason=self.memory_reason,
+            arch=self.arch,
+            vsock_cid=self.vsock_cid,
             accelerator=self.accelerator,
             pid=self.pid if self.state in LIVE else None,
+            user=self.uid if self.state in LIVE else None,
             unit=self.unit,
             boot_count=self.boot_count,
             reason=self.reason,
+            last_output=self.last_output,
         )
 
 
@@ -156,7 +226,7 @@ def check_name(name: str, others: Collection[str]) -> None:
     Raises:
         BadRequestError: it is malformed or taken.
     """
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise BadRequestError(f"name: {name[:64]!r} is not 1 to 32 of the characters A-Z a-z 0-9 . _ -")
     if name in others:
         raise BadRequestError(f"name: {name!r} is taken by another partition; choose another or leave it out")
@@ -174,26 +244,9 @@ def check_cmdline(cmdline: str) -> None:
         raise BadRequestError("cmdline: control characters are not allowed in a kernel's command line")
 
 
-def free_cores(pool: Iterable[int], taken: Iterable[int]) -> tuple[int, ...]:
-    """What a dedicated partition may still be given. Core 0 stays with Linux, whatever the settings say."""
-    return tuple(sorted(set(pool) - set(taken) - {0}))
-
-
-def pick_cores(free: Sequence[int], count: int) -> tuple[int, ...]:
-    """The first ``count`` free cores.
-
-    Raises:
-        NoCapacityError: fewer are left; says which.
-    """
-    if count > len(free):
-        left = f"{len(free)} are left: cores {', '.join(map(str, free))}" if free else "none is left"
-        if len(free) == 1:
-            left = f"1 is left: core {free[0]}"
-        raise NoCapacityError(
-            f"cores: {count} {'is' if count == 1 else 'are'} wanted for a dedicated partition and {left}; "
-            "use fewer, destroy a partition, or create it with mode shared"
-        )
-    return tuple(free[:count])
+def plain(text: str, limit: int = 600) -> str:
+    """A guest's, QEMU's or the kernel's words as part of a line of ours: no control characters, and bounded."""
+    return "".join(one if one.isprintable() else " " for one in text[: 4 * limit]).strip()[:limit]
 
 
 def parse_cores(text: str) -> frozenset[int]:

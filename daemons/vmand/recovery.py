@@ -4,7 +4,8 @@
 | ---                       | ---                                                                        |
 | create-partition, deploy  | rolled back: the remains are removed; no partition, or a READY one          |
 | shutdown, destroy         | rolled forward: the guest is ended; a READY partition, or none              |
-| suspend, restore, reboot  | QEMU is asked what the guest does, and that is written                      |
+| suspend, restore, reboot  | QEMU is asked what the guest does, and that is written; a guest that was to |
+|                           | power off for a reboot, and did, is started again                          |
 | nothing                   | a live guest is adopted; one that is off is READY, one that is gone FAILED  |
 | (QEMU does not answer)    | the state stays, with a reason; it is looked at again until it answers      |
 """
@@ -17,7 +18,8 @@ import msgspec
 from edgehold.api.vmand import State
 from edgehold.errors import EdgeholdError
 from vmand import model
-from vmand.model import LIVE, Record
+from vmand.backend import Finding
+from vmand.model import LIVE, Found, Record
 from vmand.service import Service
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ async def recover(service: Service) -> None:
     records = service.store.all()
     await asyncio.gather(*(_settle(service, one) for one in records))
     await service.backend.sweep(service.records)
+    service.watch.begin()
 
 
 async def _settle(service: Service, record: Record) -> None:
@@ -38,15 +41,11 @@ async def _settle(service: Service, record: Record) -> None:
         await _settle_one(service, record)
     except EdgeholdError as error:
         log.error("partition %d: %s", record.id, error)  # noqa: TRY400 - the text is the message
-        service.load(record)
-        reason = f"at vmand's start: {error.message}"
-        if record.state not in LIVE:
-            service.put(msgspec.structs.replace(record, state=State.FAILED, reason=reason))
-            return
         # Its guest may be well: that we could not look is no reason to end it. It is looked at again until it answers.
-        pending = record.pending if record.pending in {model.SHUTDOWN, model.DESTROY} else ""
-        service.put(msgspec.structs.replace(record, reason=reason, pending=pending))
-        service.look_again(record)
+        state = record.state if record.state in LIVE else State.FAILED
+        reason = model.plain(f"at vmand's start: {error.message}")
+        service.book.hold_unsettled(msgspec.structs.replace(record, state=state, reason=reason))
+        service.watch.look_later(record)
 
 
 async def _settle_one(service: Service, record: Record) -> None:
@@ -57,24 +56,26 @@ async def _settle_one(service: Service, record: Record) -> None:
         case model.CREATE | model.DESTROY:
             await service.backend.end(record)
             await service.backend.release(record)
-            service.forget(record)
+            service.book.forget(record)
         case model.DEPLOY | model.SHUTDOWN:
             await service.backend.end(record)
-            service.load(record)
-            service.put(record.at_rest(State.READY))
+            service.book.hold(record)
+            service.book.put_late(record.at_rest(State.READY))
         case _:
             await _adopt(service, record)
 
 
 async def _adopt(service: Service, record: Record) -> None:
-    service.load(record)
-    async with service.lock(record.id):
-        await _adopt_locked(service, record)
-
-
-async def _adopt_locked(service: Service, record: Record) -> None:
-    if record.state in LIVE:
-        await service.reconcile(record, await service.backend.adopt(record))
-    elif record.run:  # its guest had ended, and removing the remains was cut off
-        await service.backend.end(record)
-        service.put(record.at_rest(record.state, reason=record.reason))
+    service.book.hold(record)
+    async with service.book.lock(record.id):
+        if record.state in LIVE:
+            finding = await service.backend.adopt(record)
+            if record.pending == model.REBOOT and finding.found is Found.OFF:  # it was asked to power off for that
+                await service.backend.reboot(record)
+                finding = Finding(found=Found.RUNNING)
+            settled = await service.watch.reconcile(record, finding)
+            if settled.state in LIVE:
+                await service.watch.regrade(settled)
+        elif record.run:  # its guest had ended, and removing the remains was cut off
+            await service.backend.end(record)
+            service.book.put_late(record.at_rest(record.state, reason=record.reason))

@@ -1,38 +1,55 @@
-"""Owns the partitions: every change of one goes through here, one at a time, written down before it happens.
+"""What partitions can be told to do: each command is legal in its state, written down before it happens, and answered
+when it is done.
 
 A command that was refused changes nothing. One that is cut off by vmand's end is settled by recovery.py at the next
-start. What a guest does by itself comes in by `_changed` and is looked at, not believed.
+start. What guests do by themselves is watch.py's.
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
+import socket
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any
 
 import msgspec
 
-from edgehold.api.vmand import Capabilities, Mode, Partition, State, Vcpu
+from edgehold.api.vmand import Capabilities, CoresGrade, MemoryGrade, Mode, Partition, State, Vcpu
 from edgehold.clock import NS_PER_S, Clock
-from edgehold.errors import EdgeholdError, FailedError, NoCapacityError, NotFoundError, TimedOutError, UnavailableError
-from vmand import model
-from vmand.backend import Backend, Finding
+from edgehold.errors import (
+    BadRequestError,
+    BadStateError,
+    EdgeholdError,
+    FailedError,
+    NoCapacityError,
+    TimedOutError,
+    UnavailableError,
+    UnsupportedError,
+)
+from vmand import model, placement
+from vmand.backend import Backend, Trait
+from vmand.book import Book
 from vmand.events import Hub
-from vmand.model import AFTER, LIVE, TABLE, Found, Images, Record
+from vmand.model import LIVE, TABLE, Images, Record
+from vmand.placement import Topology
 from vmand.store import Store
+from vmand.tasks import Tasks
+from vmand.watch import Watch, with_grades
 
 log = logging.getLogger(__name__)
 
-GUEST_FAILED_ID = "5f1c35a0c7d64a0d9b0c9f6b6c0d7e21"
-"""MESSAGE_ID of a guest that panicked or whose process died."""
 _PRESS_EVERY_S = 2.0
-# How long a stop of vmand waits for commands under way; what takes longer is settled at the next start.
-_DRAIN_S = 5.0
-# Pauses between looks at a guest whose QEMU does not answer.
-_LOOK_AGAIN_S, _LOOK_AGAIN_MAX_S = 0.5, 30.0
+_LACKS = {
+    Trait.SECURE: "it has no secure world to put a partition into; create it with secure false",
+    Trait.SHARED: "it gives partitions cores of their own only; create it with mode dedicated",
+    Trait.SUSPEND: "it can't stop a guest's CPUs and let them go on",
+    Trait.SHUTDOWN: "it can't ask a guest to power off; power it off from inside, or use force",
+    Trait.VIRTIO: "it gives guests no virtio devices; leave out disks, nics, vsock and agent",
+    Trait.CONSOLE: "it has no console of a guest; use a serial line of the board",
+    Trait.DEVICE_TREE: "its guests take no device tree; leave it out",
+}
 
 
 class Service:
@@ -45,53 +62,56 @@ class Service:
         store: Store,
         clock: Clock,
         pool: Collection[int],
+        topology: Topology,
         max_partitions: int,
         memory_limit: int = 0,
         shutdown_timeout_s: float = 30.0,
+        patience_s: float = 5.0,
         on_fault: Callable[[], None] = lambda: None,
     ) -> None:
         self.backend = backend
         self.store = store
         self.hub = Hub(clock)
-        self.guest_ends: Counter[str] = Counter()
+        self.book = Book(store=store, hub=self.hub, patience_s=patience_s)
+        self.tasks = Tasks(on_fault)
+        self.watch = Watch(backend=backend, book=self.book, tasks=self.tasks, clock=clock)
         self._clock = clock
         self._pool = frozenset(pool)
+        self._topology = topology
         self._max_partitions = max_partitions
         self._memory_limit = memory_limit
         self._shutdown_timeout_s = shutdown_timeout_s
-        self._on_fault = on_fault
-        self._records: dict[int, Record] = {}
-        self._locks: dict[int, asyncio.Lock] = {}
         self._creating = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._looking: set[str] = set()
-        self._closing = asyncio.Event()
-        backend.begin(changed=self._changed, output=self.hub.console, ended=self._task_done)
+        self._hurry: dict[int, asyncio.Event] = {}
+        backend.begin(changed=self.watch.changed, output=self.hub.console, ended=self.tasks.done)
 
     # What is there
 
     @property
     def records(self) -> list[Record]:
         """All partitions, by id."""
-        return [self._records[one] for one in sorted(self._records)]
+        return self.book.records
+
+    @property
+    def guest_ends(self) -> Counter[str]:
+        """How guests ended by themselves."""
+        return self.watch.ends
 
     def partitions(self) -> list[Partition]:
         """All partitions, by id."""
-        return [one.public() for one in self.records]
+        return [one.public() for one in self.book.records]
 
     def status(self, partition: int) -> Partition:
         """One partition."""
         return self.record(partition).public()
 
-    def record(self, partition: int) -> Record:
-        """One partition as the journal keeps it.
+    def record(self, which: int | str) -> Record:
+        """One partition as the journal keeps it, by id or name.
 
         Raises:
-            NotFoundError: there is none of this id.
+            NotFoundError: there is none.
         """
-        if partition not in self._records:
-            raise NotFoundError(f"there is no partition {partition}")
-        return self._records[partition]
+        return self.book.record(which)
 
     def check(self, partition: int, command: str) -> None:
         """Refuse early what the state does not allow, before arguments are looked at more closely.
@@ -99,7 +119,18 @@ class Service:
         Raises:
             BadStateError: names the state.
         """
-        TABLE.check(command, self.record(partition).state, who=str(partition))
+        record = self.record(partition)
+        if not record.pending:  # what is under way may lead to a state that allows it
+            TABLE.check(command, record.state, who=str(partition))
+
+    def require(self, trait: Trait, what: str) -> None:
+        """Refuse what this kind of back end can't do.
+
+        Raises:
+            UnsupportedError: says why.
+        """
+        if trait not in self.backend.traits:
+            raise UnsupportedError(f"{what}: not supported on this back end: {_LACKS[trait]}")
 
     async def vcpus(self, partition: int) -> list[Vcpu]:
         """The threads of the guest's CPUs; none where no guest is deployed."""
@@ -108,7 +139,20 @@ class Service:
 
     def console(self, partition: int) -> str:
         """The last console output."""
+        self.require(Trait.CONSOLE, "console")
         return self.backend.console(self.record(partition))
+
+    def attach(self, partition: int) -> socket.socket:
+        """The guest's console as a stream; see `Backend.attach`.
+
+        Raises:
+            BadStateError: no guest is deployed.
+        """
+        self.require(Trait.CONSOLE, "console")
+        record = self.record(partition)
+        if record.state not in LIVE:
+            raise BadStateError(f"partition {partition} is {record.state.value}; no guest is there to talk to")
+        return self.backend.attach(record)
 
     async def capabilities(self) -> Capabilities:
         """What this host can give."""
@@ -119,7 +163,13 @@ class Service:
             accelerator_reason=host.accelerator_reason,
             backend=host.backend,
             launcher=host.launcher,
-            cores_pool=model.free_cores(self._pool, ()),
+            cores_grade=host.best.cores or CoresGrade.SHARED,
+            cores_reason=host.best.cores_reason,
+            memory_grade=host.best.memory or MemoryGrade.PLAIN,
+            memory_reason=host.best.memory_reason,
+            supports=tuple(sorted(one.value for one in self.backend.traits if one is not Trait.SCRUB)),
+            archs=host.archs,
+            cores_pool=tuple(sorted(self._pool)),
             cores_free=self._cores_free(),
             memory_total_bytes=self._reserved() + free,
             memory_free_bytes=free,
@@ -127,15 +177,34 @@ class Service:
 
     # Commands
 
-    async def create(self, *, cores: int, memory_bytes: int, mode: Mode, name: str = "") -> Record:
+    async def create(
+        self,
+        *,
+        cores: int,
+        memory_bytes: int,
+        mode: Mode,
+        name: str = "",
+        secure: bool = False,
+        strict: bool = False,
+    ) -> Record:
         """Reserve cores and memory. The partition is READY when this returns."""
+        if secure:
+            self.require(Trait.SECURE, "secure")
+        if mode is Mode.SHARED:
+            self.require(Trait.SHARED, "mode shared")
+        if strict:
+            await self._check_strict(mode)
         async with self._creating:  # one at a time: what is left is looked at and taken in one piece
-            if len(self._records) >= self._max_partitions:
+            records = self.book.records
+            if len(records) >= self._max_partitions:
                 raise NoCapacityError(f"{self._max_partitions} partitions exist, which is the limit; destroy one first")
-            names = {one.name for one in self._records.values()}
+            names = {one.name for one in records}
             if name:
                 model.check_name(name, names)
-            cpus = model.pick_cores(self._cores_free(), cores) if mode is Mode.DEDICATED else ()
+            cpus: tuple[int, ...] = ()
+            node: int | None = None
+            if mode is Mode.DEDICATED:
+                cpus, node = placement.place(self._topology, self._pool, self._taken(), cores)
             model.check_memory(memory_bytes, self._memory_free())
             intent = Record(
                 uuid=str(uuid.uuid4()),
@@ -143,25 +212,29 @@ class Service:
                 mode=mode,
                 cores=cores,
                 memory_bytes=memory_bytes,
+                slot=next(one for one in itertools.count() if one not in {record.slot for record in records}),
+                secure=secure,
+                strict=strict,
                 cpus=cpus,
+                node=node,
                 pending=model.CREATE,
             )
             record = msgspec.structs.replace(intent, id=self.store.insert(intent))
             try:
-                await self.backend.reserve(record)
+                grades = await self.backend.reserve(record)
                 name = name or next(one for one in _names(record.id) if one not in names)
-                made = msgspec.structs.replace(record, name=name, pending="")
+                made = with_grades(msgspec.structs.replace(record, name=name, pending=""), grades)
                 self.store.save(made)
             except EdgeholdError:
                 await self.backend.release(record)
-                self._forget(record)
+                self.book.forget(record)
                 raise
-            self._hold(made)
+            self.book.hold(made)
             return made
 
     async def deploy(self, partition: int, images: Images) -> Record:
         """Start a guest in a READY partition."""
-        async with self._turn(partition, model.DEPLOY, run=str(uuid.uuid4())) as record:
+        async with self.book.turn(partition, model.DEPLOY, run=str(uuid.uuid4())) as record:
             try:
                 running = await self.backend.start(record, images)
                 deployed = msgspec.structs.replace(
@@ -169,237 +242,134 @@ class Service:
                     state=State.DEPLOYED,
                     pending="",
                     reason="",
+                    last_output="",
                     boot_count=record.boot_count + 1,
-                    pid=running.pid,
+                    pid=running.pid or None,
                     start_ticks=running.start_ticks,
+                    uid=running.uid,
                     unit=running.unit,
+                    arch=running.arch,
+                    vsock_cid=running.vsock_cid,
                     accelerator=running.accelerator,
                 )
+                grades = await self.backend.grade(deployed)
                 # Not kept unless it is written: a restart would take the guest for a deploy that was cut off.
-                self._put(deployed)
+                deployed = self.book.put(with_grades(deployed, grades))
             except EdgeholdError:
                 await self.backend.end(record)
                 raise
-            self._changed(partition, record.run)  # what happened before the outcome was written
+            self.watch.changed(partition, record.run)  # what happened before the outcome was written
             return deployed
 
     async def suspend(self, partition: int) -> Record:
         """Stop the guest's CPUs."""
-        async with self._turn(partition, model.SUSPEND) as record:
+        self.require(Trait.SUSPEND, model.SUSPEND)
+        async with self.book.turn(partition, model.SUSPEND) as record:
             await self.backend.suspend(record)
-            return self._put_late(msgspec.structs.replace(record, state=State.SUSPENDED, pending=""))
+            return self.book.put_late(msgspec.structs.replace(record, state=State.SUSPENDED, pending=""))
 
     async def restore(self, partition: int) -> Record:
         """Let the guest's CPUs go on."""
-        async with self._turn(partition, model.RESTORE) as record:
+        self.require(Trait.SUSPEND, model.RESTORE)
+        async with self.book.turn(partition, model.RESTORE) as record:
             await self.backend.restore(record)
-            return self._put_late(msgspec.structs.replace(record, state=State.DEPLOYED, pending=""))
+            return self.book.put_late(msgspec.structs.replace(record, state=State.DEPLOYED, pending=""))
 
-    async def reboot(self, partition: int) -> Record:
-        """Reset the guest by force."""
-        async with self._turn(partition, model.REBOOT) as record:
+    async def reboot(self, partition: int, *, graceful: bool = False, timeout_s: float | None = None) -> Record:
+        """Reset the guest: at once, or when it has powered off, or when the time for that is over."""
+        limit_s = self._shutdown_timeout_s if timeout_s is None else timeout_s
+        if graceful:
+            self.require(Trait.SHUTDOWN, "reboot graceful")
+        async with self.book.turn(partition, model.REBOOT) as record:
+            reason = ""
+            if graceful and not await self._power_off(record, limit_s):
+                reason = f"reset by force: the guest did not power off within {limit_s:g} s"
             await self.backend.reboot(record)
-            return self._put_late(msgspec.structs.replace(record, boot_count=record.boot_count + 1, pending=""))
+            count = record.boot_count + 1
+            return self.book.put_late(msgspec.structs.replace(record, boot_count=count, pending="", reason=reason))
 
     async def shutdown(self, partition: int, *, timeout_s: float | None = None, force: bool = False) -> Record:
         """Power the guest off: the button until the time is over, then by force."""
         limit_s = self._shutdown_timeout_s if timeout_s is None else timeout_s
-        async with self._turn(partition, model.SHUTDOWN) as record:
+        if not force and self.record(partition).state is not State.FAILED:
+            self.require(Trait.SHUTDOWN, model.SHUTDOWN)
+        elif force and (waiting := self._hurry.get(partition)) is not None:
+            waiting.set()
+            async with self.book.lock(partition):
+                record = self.record(partition)
+            if record.state is State.READY:
+                return record
+        async with self.book.turn(partition, model.SHUTDOWN) as record:
             reason = ""
-            if record.state is State.DEPLOYED and not force and not await self._power_off(record, limit_s):
-                reason = f"ended by force: the guest did not power off within {limit_s:g} s"
+            if record.state in LIVE and not force:
+                if record.state is State.SUSPENDED:
+                    await self.backend.restore(record)
+                if not await self._power_off(record, limit_s):
+                    reason = f"ended by force: the guest did not power off within {limit_s:g} s"
             await self.backend.end(record)
-            return self._put_late(record.at_rest(State.READY, reason=reason))
+            return self.book.put_late(record.at_rest(State.READY, reason=reason))
 
     async def destroy(self, partition: int) -> Record:
         """Give everything back."""
-        async with self._turn(partition, model.DESTROY) as record:
+        async with self.book.turn(partition, model.DESTROY) as record:
             await self.backend.end(record)
+            if Trait.SCRUB in self.backend.traits:
+                await self.backend.scrub(record)
             await self.backend.release(record)
-            self._forget(record)
+            self.book.forget(record)
             return record
-
-    # What guests do by themselves, and what recovery asks for
-
-    async def reconcile(self, record: Record, finding: Finding) -> Record:
-        """Write what was found. Asked for with the partition's lock held."""
-        state = AFTER[finding.found]
-        if state in LIVE:
-            if state is record.state and not record.pending and record.reason == finding.reason:
-                return record
-            return self._put_late(msgspec.structs.replace(record, state=state, pending="", reason=finding.reason))
-        ended = "off" if finding.found is Found.OFF else "failed"
-        self.guest_ends[ended] += 1
-        reason = finding.reason or ("the guest powered itself off" if state is State.READY else finding.found.value)
-        if state is State.FAILED:
-            fields = {"message_id": GUEST_FAILED_ID, "partition": record.id}
-            log.error("partition %d failed: %s", record.id, reason, extra=fields)
-            if finding.found is Found.GONE:
-                reason += "; vmanctl console has its last output, shutdown makes it READY"
-        # Written before its process is ended: after a crash in between it would seem to have died.
-        begun = self._put_late(msgspec.structs.replace(record, state=state, reason=reason, pending=""), quiet=True)
-        try:
-            await self.backend.end(record)
-        except EdgeholdError as error:
-            log.error("partition %d: %s", record.id, error)  # noqa: TRY400 - the text is the message
-            return self._put_late(begun)
-        return self._put_late(record.at_rest(state, reason=reason))
-
-    def load(self, record: Record) -> None:
-        """Take a partition over from the journal."""
-        self._hold(record)
-
-    def put(self, record: Record) -> Record:
-        """Write a partition's new record, as recovery found it."""
-        return self._put_late(record)
-
-    def forget(self, record: Record) -> None:
-        """Write that a partition is gone, as recovery found it."""
-        self._forget(record)
-
-    def look_again(self, record: Record) -> None:
-        """Look at a guest that could not be looked at, later and until it can be."""
-        if record.run not in self._looking and not self._closing.is_set():
-            self._looking.add(record.run)
-            self.spawn(self._see_later(record.id, record.run), f"look again at partition {record.id}")
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run something to its end, whoever asked for it and went away. A bug in it ends the daemon."""
-        task = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-        return task
+        return self.tasks.spawn(work, name)
 
     async def close(self) -> None:
         """Let commands under way end, then let go of the guests; they live on."""
-        self._closing.set()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_DRAIN_S)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.tasks.close()
         await self.backend.close()
 
     # Inside
 
-    @contextlib.asynccontextmanager
-    async def _turn(self, partition: int, command: str, **changes: Any) -> AsyncIterator[Record]:
-        """One command's turn on a partition: legal in its state, its intent written. A refusal leaves no trace."""
-        async with self.lock(partition):
-            before = self.record(partition)
-            TABLE.check(command, before.state, who=str(partition))
-            intent = msgspec.structs.replace(before, pending=command, **changes)
-            self.store.save(intent)
-            try:
-                yield intent
-            except EdgeholdError:
-                self._put_late(before, quiet=True)
-                raise
-
-    def lock(self, partition: int) -> asyncio.Lock:
-        """Whose turn it is on a partition; recovery takes turns too, because its guests speak up meanwhile."""
-        self.record(partition)
-        return self._locks.setdefault(partition, asyncio.Lock())
+    async def _check_strict(self, mode: Mode) -> None:
+        if mode is Mode.SHARED:
+            raise BadRequestError("strict: a shared partition has no cores of its own; create it with mode dedicated")
+        best = (await self.backend.host()).best
+        if best.cores is not CoresGrade.ISOLATED:
+            raise NoCapacityError(
+                f"strict: cores can't be isolated on this host: {best.cores_reason}; vmanctl doctor says what would "
+                "change it",
+                retryable=False,
+            )
 
     async def _power_off(self, record: Record, limit_s: float) -> bool:
         """Press until the guest is off. One press is lost where nobody in the guest reads the button yet."""
         deadline = self._clock.monotonic_ns() + int(limit_s * NS_PER_S)
-        while (left_s := (deadline - self._clock.monotonic_ns()) / NS_PER_S) > 0:
-            try:
-                await self.backend.press_power(record)
-            except (TimedOutError, UnavailableError, FailedError) as error:
-                log.warning("partition %d: the power button: %s", record.id, error)
-            if await self.backend.wait_off(record, min(_PRESS_EVERY_S, left_s)):
-                return True
-        return False
-
-    def _changed(self, partition: int, run: str) -> None:
-        self.spawn(self._see(partition, run), f"look at partition {partition}")
-
-    async def _see(self, partition: int, run: str) -> None:
-        if self._current(partition, run) is None:
-            return
-        async with self.lock(partition):
-            record = self._current(partition, run)
-            if record is None:
-                return  # a command has dealt with it meanwhile
-            try:
-                await self.reconcile(record, await self.backend.look(record))
-            except EdgeholdError as error:
-                log.warning("partition %d can't be looked at: %s", partition, error)
-                self.look_again(record)
-
-    def _current(self, partition: int, run: str) -> Record | None:
-        """The partition, as long as this run of its guest is the present one."""
-        record = self._records.get(partition)
-        return record if record is not None and record.run == run and record.state in LIVE else None
-
-    async def _see_later(self, partition: int, run: str) -> None:
-        """Until QEMU answers: what it could not say once (the guest is off, or panicked) it says only when asked."""
-        pause_s = _LOOK_AGAIN_S
+        hurry = self._hurry[record.id] = asyncio.Event()
         try:
-            while (record := self._current(partition, run)) is not None and not await self._closes_within(pause_s):
-                pause_s = min(pause_s * 2, _LOOK_AGAIN_MAX_S)
+            while not hurry.is_set() and (left_s := (deadline - self._clock.monotonic_ns()) / NS_PER_S) > 0:
                 try:
-                    await self.backend.look(record)  # without the lock: a command need not wait for a QEMU that hangs
-                except EdgeholdError as error:
-                    log.debug("partition %d still can't be looked at: %s", partition, error)
-                else:
-                    break
+                    await self.backend.press_power(record)
+                except (TimedOutError, UnavailableError, FailedError) as error:
+                    log.warning("partition %d: the power button: %s", record.id, error)
+                if await self._off(record, min(_PRESS_EVERY_S, left_s), hurry):
+                    return True
+            return False
         finally:
-            self._looking.discard(run)
-        if not self._closing.is_set():
-            await self._see(partition, run)
+            self._hurry.pop(record.id, None)
 
-    async def _closes_within(self, pause_s: float) -> bool:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause_s):
-                await self._closing.wait()
-        return self._closing.is_set()
-
-    def _task_done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()) is None or isinstance(error, EdgeholdError):
-            return
-        log.critical("the task %r failed", task.get_name(), exc_info=error)
-        self._on_fault()
-
-    def _hold(self, record: Record) -> None:
-        self._records[record.id] = record
-        self.hub.state(record.id, record.state, record.reason)
-
-    def _put(self, record: Record) -> Record:
-        self.store.save(record)
-        old = self._records.get(record.id)
-        self._records[record.id] = record
-        if old is None or (old.state, old.reason, old.boot_count) != (record.state, record.reason, record.boot_count):
-            self.hub.state(record.id, record.state, record.reason)
-        return record
-
-    def _put_late(self, record: Record, *, quiet: bool = False) -> Record:
-        """Write what has happened already. If that can't be written, it stands all the same: the intent is in the
-        journal, and a restart comes to the same outcome from it."""
+    async def _off(self, record: Record, timeout_s: float, hurry: asyncio.Event) -> bool:
+        off = asyncio.create_task(self.backend.wait_off(record, timeout_s), name="wait until it is off")
+        hurried = asyncio.create_task(hurry.wait(), name="wait for somebody in a hurry")
         try:
-            self.store.save(record)
-        except FailedError as error:
-            log.error("partition %d: the outcome is not written: %s", record.id, error)  # noqa: TRY400
-        old = self._records.get(record.id)
-        self._records[record.id] = record
-        if not quiet and old is not None:
-            self.hub.state(record.id, record.state, record.reason)
-        return record
-
-    def _forget(self, record: Record) -> None:
-        try:
-            self.store.delete(record.id)
-        except FailedError as error:
-            log.error("partition %d: its end is not written: %s", record.id, error)  # noqa: TRY400
-        self._locks.pop(record.id, None)
-        if self._records.pop(record.id, None) is not None:
-            self.hub.gone(record.id)
+            await asyncio.wait({off, hurried}, return_when=asyncio.FIRST_COMPLETED)
+            return off.done() and off.result()
+        finally:
+            for task in (off, hurried):
+                task.cancel()
+            await asyncio.gather(off, hurried, return_exceptions=True)
 
     def _reserved(self) -> int:
-        return sum(one.memory_bytes for one in self._records.values())
+        return sum(one.memory_bytes for one in self.book.records)
 
     def _memory_free(self) -> int:
         free = self.backend.memory_free()
@@ -407,8 +377,11 @@ class Service:
             free = min(free, self._memory_limit - self._reserved())
         return max(free, 0)
 
+    def _taken(self) -> frozenset[int]:
+        return frozenset(cpu for one in self.book.records for cpu in one.cpus)
+
     def _cores_free(self) -> tuple[int, ...]:
-        return model.free_cores(self._pool, (cpu for one in self._records.values() for cpu in one.cpus))
+        return tuple(sorted(placement.free(self._topology, self._pool, self._taken())))
 
 
 def _names(partition: int) -> Iterable[str]:

@@ -35,7 +35,12 @@
 #include <time.h>
 #include <unistd.h>
 
-#define CONSOLE "/dev/ttyS0"
+#ifdef __aarch64__
+#define SERIAL "ttyAMA0"
+#else
+#define SERIAL "ttyS0"
+#endif
+#define CONSOLE "/dev/" SERIAL
 #define MODULE_LIST "/etc/modules"
 #define MAX_BUTTONS 8
 #define DEFAULT_PERIOD_MS "100"
@@ -394,7 +399,7 @@ int main(void)
 	mount_all();
 	read_cmdline();
 	shell = option("edgehold.shell");
-	if (shell && strcmp(shell, "ttyS0") == 0)
+	if (shell && strcmp(shell, SERIAL) == 0)
 		shells[1].tty = CONSOLE;
 	open_console(shells[1].tty != NULL);
 	/* From here on only a panic may write on the console: no kernel message inside a job's line. */

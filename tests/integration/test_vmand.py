@@ -358,7 +358,9 @@ async def test_a_dedicated_partition_is_pinned(image: tuple[Path, Path]) -> None
         await watch.up()
 
 
-async def test_refusals_name_the_cure(client: VmandClient, vmand: PrivateVmand, tmp_path: Path) -> None:
+async def test_refusals_name_the_cure(
+    client: VmandClient, vmand: PrivateVmand, image: tuple[Path, Path], tmp_path: Path
+) -> None:
     with pytest.raises(UnsupportedError, match="secure world"):
         await client.create_partition(cores=1, memsize_gb=0.1, secure=True, mode=Mode.SHARED)
     with pytest.raises(NoCapacityError, match="MiB are left"):
@@ -372,6 +374,9 @@ async def test_refusals_name_the_cure(client: VmandClient, vmand: PrivateVmand, 
         await client.deploy(one, kernel=tmp_path / "none")
     bad = tmp_path / "kernel"
     bad.write_bytes(b"MZ" * 4096)
+    with pytest.raises(BadRequestError, match=r"kernel: .* a 64-bit Linux kernel is needed"):
+        await client.deploy(one, kernel=bad)
+    bad.write_bytes(image[0].read_bytes()[:1024])  # its header says that more follows
     with pytest.raises(FailedError, match="QEMU did not start"):
         await client.deploy(one, kernel=bad)
     assert (await client.status(one)).state is State.READY
@@ -385,7 +390,7 @@ async def test_refusals_name_the_cure(client: VmandClient, vmand: PrivateVmand, 
         ("deploy", {"id": one, "kernel": "/k"}, "unknown field id"),
         ("status", {"id": -1}, "id: Expected int >= 1"),
         ("list", {"id": 1}, "it takes no arguments"),
-        ("explode", {}, "unknown command 'explode'; known: capabilities, console"),
+        ("explode", {}, "unknown command 'explode'; known: attach-console, capabilities, console"),
     ]
     for command, args, text in cases:
         with pytest.raises(BadRequestError, match=re.escape(text)):

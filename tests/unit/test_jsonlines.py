@@ -1,6 +1,7 @@
 """The control socket's codec: round trips, golden bytes, every truncation, and garbage of all kinds."""
 
 import contextlib
+import dataclasses
 
 import pytest
 from hypothesis import given, settings
@@ -39,6 +40,12 @@ def test_golden_bytes() -> None:
     assert encode_error(BadStateError("partition 1 is READY"), 7) == (
         b'{"error":{"code":"bad-state","message":"partition 1 is READY","retryable":false},"id":7}\n'
     )
+
+
+def test_descriptors_travel_beside_the_line() -> None:
+    assert decode_request(GOLDEN, (5, 6)) == dataclasses.replace(REQUEST, fds=(5, 6))
+    assert encode_request(dataclasses.replace(REQUEST, fds=(5, 6))) == GOLDEN
+    assert refusal(b'{"command":"x","fds":[5]}').error.message.startswith("fds: unknown field")
 
 
 def test_truncation_at_every_byte_is_refused() -> None:

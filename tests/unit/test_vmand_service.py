@@ -1,20 +1,15 @@
-"""The service against a back end in memory: every (state, command) pair, every refusal, every cut-off command.
-
-The fake keeps what a world would keep: memory that is reserved, guests that run. It outlives a service, as the world
-outlives a daemon.
-"""
+"""The service against a back end in memory: every (state, command) pair, every refusal, every cut-off command."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from edgehold.api.vmand import Event, Mode, State, Vcpu
-from edgehold.clock import SystemClock
+from edgehold.api.vmand import CoresGrade, Mode, State
 from edgehold.errors import (
     BadRequestError,
     BadStateError,
@@ -24,194 +19,11 @@ from edgehold.errors import (
     NotFoundError,
     TimedOutError,
 )
+from tests.unit.vmand_fake import COMMANDS, IMAGES, Daemon, FakeBackend, Listener
 from vmand import model
-from vmand.backend import Backend, Changed, Ended, Finding, Host, Output, Running
-from vmand.model import MIB, TABLE, Found, Images, Record
-from vmand.recovery import recover
-from vmand.service import Service
+from vmand.backend import Finding
+from vmand.model import MIB, TABLE, Found, Record
 from vmand.store import Store
-
-IMAGES = Images(kernel="/k")
-COMMANDS = sorted(TABLE.table)
-
-
-class World:
-    """What a daemon's end does not touch."""
-
-    def __init__(self) -> None:
-        self.memory: dict[str, int] = {}
-        self.guests: dict[str, Found] = {}  # by run
-        self.free = 1024 * MIB
-
-
-class FakeBackend:
-    """Acts on a `World`; ``fail`` names methods that raise."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.fail: dict[str, Exception] = {}
-        self.presses = 0
-        self.obeys_after = 1
-        self.cut: str = ""
-
-    def begin(self, *, changed: Changed, output: Output, ended: Ended) -> None:
-        self.changed, self.output, self.ended = changed, output, ended
-
-    def _try(self, method: str) -> None:
-        if method in self.fail:
-            raise self.fail[method]
-
-    async def host(self) -> Host:
-        return Host(backend="fake", accelerator="tcg", accelerator_reason="a fake", launcher="process")
-
-    def memory_free(self) -> int:
-        return self.world.free
-
-    async def reserve(self, record: Record) -> None:
-        self._try("reserve")
-        self.world.memory[record.uuid] = record.memory_bytes
-        self.world.free -= record.memory_bytes
-
-    async def release(self, record: Record) -> None:
-        self.world.free += self.world.memory.pop(record.uuid, 0)
-
-    async def start(self, record: Record, images: Images) -> Running:
-        assert images == IMAGES
-        self.world.guests[record.run] = Found.PAUSED
-        self._try("start")
-        self.world.guests[record.run] = Found.RUNNING
-        return Running(pid=4242, start_ticks=1, unit="", accelerator="tcg")
-
-    async def adopt(self, record: Record) -> Finding:
-        self._try("adopt")
-        return await self.look(record)
-
-    async def look(self, record: Record) -> Finding:
-        self._try("look")
-        return Finding(found=self.world.guests.get(record.run, Found.GONE), reason="")
-
-    async def suspend(self, record: Record) -> None:
-        self._try("suspend")
-        self.world.guests[record.run] = Found.PAUSED
-
-    async def restore(self, record: Record) -> None:
-        self._try("restore")
-        self.world.guests[record.run] = Found.RUNNING
-
-    async def reboot(self, record: Record) -> None:
-        self._try("reboot")
-        assert record.run in self.world.guests
-
-    async def press_power(self, record: Record) -> None:
-        self.presses += 1
-        self._try("press_power")
-        if self.presses >= self.obeys_after:
-            self.world.guests[record.run] = Found.OFF
-
-    async def wait_off(self, record: Record, timeout_s: float) -> bool:
-        assert timeout_s > 0
-        await asyncio.sleep(0.001)
-        return self.world.guests.get(record.run) in {Found.OFF, None}
-
-    async def end(self, record: Record) -> None:
-        self._try("end")
-        self.world.guests.pop(record.run, None)
-
-    async def vcpus(self, record: Record) -> list[Vcpu]:
-        return [Vcpu(index=n, tid=100 + n) for n in range(record.cores)]
-
-    def console(self, record: Record) -> str:
-        return f"console of {record.id}"
-
-    async def sweep(self, records: Collection[Record]) -> None:
-        for uuid in set(self.world.memory) - {one.uuid for one in records}:
-            del self.world.memory[uuid]
-        for run in set(self.world.guests) - {one.run for one in records if one.run}:
-            del self.world.guests[run]
-
-    async def close(self) -> None:
-        pass
-
-
-class Listener:
-    """Collects events."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def send_event(self, name: str, data: object) -> None:
-        assert name == "partition"
-        assert isinstance(data, Event)
-        self.events.append(data)
-
-
-class Daemon:
-    """A service, its journal and its world; `again` is a restart."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / "vmand.db"
-        self.world = World()
-        self.faults = 0
-
-    async def start(self) -> None:
-        self.backend = FakeBackend(self.world)
-        self.store = Store(self.path)
-        checked: Backend = self.backend
-        self.service = Service(
-            backend=checked,
-            store=self.store,
-            clock=SystemClock(),
-            pool={0, 1, 2, 3},
-            max_partitions=3,
-            shutdown_timeout_s=0.05,
-            on_fault=self._fault,
-        )
-        await recover(self.service)
-
-    async def stop(self) -> None:
-        await self.service.close()
-        self.store.close()
-
-    async def again(self) -> None:
-        await self.stop()
-        await self.start()
-
-    async def make(self, state: State, **options: Any) -> int:
-        """A partition in a state, by commands alone."""
-        given = {"cores": 1, "memory_bytes": 64 * MIB, "mode": Mode.SHARED, **options}
-        one = (await self.service.create(**given)).id
-        if state is State.READY:
-            return one
-        await self.service.deploy(one, IMAGES)
-        if state is State.SUSPENDED:
-            await self.service.suspend(one)
-        elif state is State.FAILED:
-            del self.world.guests[self.service.record(one).run]
-            self.backend.changed(one, self.service.record(one).run)
-        await self.until(lambda: self.service.status(one).state is state)
-        return one
-
-    async def run(self, command: str, one: int) -> Any:
-        service = self.service
-        return await {
-            model.DEPLOY: lambda: service.deploy(one, IMAGES),
-            model.SUSPEND: lambda: service.suspend(one),
-            model.RESTORE: lambda: service.restore(one),
-            model.REBOOT: lambda: service.reboot(one),
-            model.SHUTDOWN: lambda: service.shutdown(one),
-            model.DESTROY: lambda: service.destroy(one),
-        }[command]()
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5):
-            while not condition():  # noqa: ASYNC110 - the fake has no event to wait for
-                await asyncio.sleep(0)
-
-    def rows(self) -> list[Record]:
-        return self.store.all()
-
-    def _fault(self) -> None:
-        self.faults += 1
 
 
 @pytest.fixture
@@ -232,11 +44,16 @@ async def test_every_command_in_every_state(daemon: Daemon, state: State, comman
     daemon.service.hub.subscribe(listener, one, console=False)
     allowed, target = TABLE.table[command]
     if state not in allowed:
-        with pytest.raises(BadStateError, match=f"partition {one} is {state.value}; {command} needs"):
+        text = f"partition {one} is {state.value}; {command} needs"
+        if state is State.BUSY:
+            text = f"partition {one} is BUSY: shutdown is under way; {command} can be tried again"
+        with pytest.raises(BadStateError, match=text) as caught:
             await daemon.run(command, one)
+        assert caught.value.retryable == (state is State.BUSY)
         assert daemon.rows() == rows
         assert daemon.world.guests == world
         assert listener.events == []
+        await daemon.hurry()
         return
     await daemon.run(command, one)
     if target is None:
@@ -244,12 +61,12 @@ async def test_every_command_in_every_state(daemon: Daemon, state: State, comman
             daemon.service.status(one)
         assert daemon.rows() == []
         assert (daemon.world.memory, daemon.world.guests) == ({}, {})
-        assert [event.kind for event in listener.events] == ["gone"]
+        assert [(event.kind, event.state) for event in listener.events] == [("state", State.BUSY), ("gone", None)]
         return
     assert daemon.service.status(one).state is target
     (row,) = daemon.rows()
     assert (row.state, row.pending) == (target, "")
-    assert listener.events[-1].state is target
+    assert [event.state for event in listener.events if event.kind == "state"][-1] is target
     assert bool(daemon.world.guests) == (target in model.LIVE)
     await daemon.again()
     assert daemon.service.status(one).state is target
@@ -297,6 +114,8 @@ async def test_a_create_that_fails_leaves_nothing(daemon: Daemon) -> None:
     daemon.backend.fail.clear()
     capabilities = await daemon.service.capabilities()
     assert capabilities.cores_pool == capabilities.cores_free == (1, 2, 3)
+    assert (capabilities.cores_grade, capabilities.cores_reason) == (CoresGrade.PINNED, "no cpuset here")
+    assert "secure" not in capabilities.supports
 
 
 async def test_ids_are_never_used_twice(daemon: Daemon) -> None:
@@ -569,7 +388,7 @@ async def test_a_cut_off_command_that_can_not_be_settled(
 async def test_what_qemu_could_not_say_at_once_is_asked_again(
     daemon: Daemon, found: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vmand.service._LOOK_AGAIN_S", 0.001)
+    monkeypatch.setattr("vmand.watch._LOOK_AGAIN_S", 0.001)
     one = await daemon.make(State.DEPLOYED)
     run = daemon.service.record(one).run
     daemon.world.guests[run] = found

@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import math
-import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ class Guest:
         self._directory = directory
         self._changed = changed
         self._off = asyncio.Event()
+        self._threads: tuple[int, ...] = ()
         who = f"partition {record.id}"
         self.console = Console(directory / CONSOLE, output, who=who)
         self.monitor = Monitor(directory / MONITOR, who=who, timeout_s=qmp_timeout_s, on_event=self._event)
@@ -96,31 +96,34 @@ class Guest:
             raise FailedError(f"QEMU is in the state {word}, which vmand does not know")
         return Finding(found=found, reason=REASONS.get(word, ""))
 
-    async def vcpus(self) -> list[Vcpu]:
+    async def vcpus(self, *, limit_s: float = math.inf) -> list[Vcpu]:
         """The vCPUs' threads. Where one thread runs several vCPUs it is named once."""
         seen: set[int] = set()
         found = []
-        for one in await self.monitor.call("query-cpus-fast"):
+        for one in await self.monitor.call("query-cpus-fast", limit_s=limit_s):
             tid = int(one["thread-id"])
             if tid not in seen:
                 seen.add(tid)
                 found.append(Vcpu(index=int(one["cpu-index"]), tid=tid))
         return sorted(found, key=lambda one: one.index)
 
-    async def pin(self, cpus: Collection[int]) -> None:
-        """vCPU n to the n-th of these cores. QEMU's other threads stay where they were started.
+    async def threads(self, *, limit_s: float = math.inf) -> tuple[int, ...]:
+        """The vCPUs' threads, by vCPU; they stay the same for QEMU's whole life.
 
         Raises:
-            FailedError: the kernel refused, or QEMU has another number of vCPUs.
+            TimedOutError: QEMU does not say.
         """
-        vcpus = await self.vcpus()
-        if len(vcpus) != len(cpus):
-            raise FailedError(f"QEMU has {len(vcpus)} vCPU threads for {len(cpus)} cores; they can't be pinned 1:1")
-        for vcpu, cpu in zip(vcpus, sorted(cpus), strict=True):
-            try:
-                os.sched_setaffinity(vcpu.tid, {cpu})
-            except OSError as error:
-                raise FailedError(f"vCPU {vcpu.index} can't be pinned to core {cpu}: {error.strerror}") from error
+        if not self._threads:
+            self._threads = tuple(one.tid for one in await self.vcpus(limit_s=limit_s))
+        return self._threads
+
+    async def reboot(self) -> None:
+        """Reset, and let it go on where it had powered itself off."""
+        found, _word = await self.monitor.status()
+        self._off.clear()
+        await self.monitor.call("system_reset")
+        if found is not Found.RUNNING:
+            await self.monitor.call("cont")
 
     async def wait_off(self, timeout_s: float) -> bool:
         """Until the guest is off or the process has ended."""

@@ -1,110 +1,99 @@
 """The files that a guest is made of, checked before anything is started: a bad one is the caller's mistake.
 
-vmand and QEMU may read more than the caller may. So the caller's right is asked for, and what was checked is what QEMU
-reads: it is given the open file (``/proc/PID/fd/N``), not a name that may mean another file by then. Nothing is opened
-for reading before it is known to be a regular file, because opening a device or a FIFO may already do something.
-
-The right is read from owner, group and mode bits. Access control lists are not looked at: what only they allow is
-refused, and what only they forbid is granted where the mode bits' group class lets it through.
+A file is a path, opened with the caller's rights (see `rights`), or a descriptor that came with the request: then the
+caller has opened it, and nothing is left to ask but what it is. Either way QEMU gets a copy of what was open here.
 """
 
 import contextlib
+import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from edgehold.errors import BadRequestError, DeniedError, FailedError, UnsupportedError
+from edgehold.errors import BadRequestError, FailedError, UnsupportedError
 from edgehold.wire.peer import Peer
-from vmand.model import MIB, Images, check_cmdline
-
-_READ, _SEARCH = 4, 1
+from vmand.backend.kernelimage import X86_64, architecture
+from vmand.backend.rights import check_size, open_as
+from vmand.model import MIB, Images, OpenFile, check_cmdline
 
 
 @contextlib.contextmanager
-def opened(*, kernel: str, initrd: str, dtb: str, cmdline: str, limit_mib: int, peer: Peer) -> Iterator[Images]:
-    """Images whose paths are open files, until the block ends. What QEMU says of them has the caller's names again.
+def opened(
+    *,
+    kernel: str | int,
+    initrd: str | int | None,
+    dtb: str | int | None,
+    cmdline: str,
+    fds: Sequence[int],
+    limit_mib: int,
+    peer: Peer,
+) -> Iterator[Images]:
+    """Images whose files are open until the block ends. A number is an index into ``fds``, which stay the caller's.
 
     Raises:
         BadRequestError: names the argument and the cure.
         DeniedError: the peer may not read a file; the text does not tell whether it exists.
         UnsupportedError: a device tree for an x86 guest.
     """
-    if dtb:
-        raise UnsupportedError(
-            "dtb: an x86 guest takes no device tree, its hardware is described by ACPI; leave it out on this host"
-        )
     check_cmdline(cmdline)
+    given = {"kernel": kernel, "initrd": initrd, "dtb": dtb}
+    wanted = {key: one for key, one in given.items() if key == "kernel" or one not in {None, ""}}
+    _check_indices({key: one for key, one in wanted.items() if isinstance(one, int)}, len(fds))
     with contextlib.ExitStack() as stack:
-        names: dict[str, str] = {}
-        for key, text in (("kernel", kernel), ("initrd", initrd)):
-            if key == "kernel" or text:
-                fd = _open(key, text, limit_mib, peer)
-                stack.callback(os.close, fd)
-                # Not /proc/self: QEMU, as our child or as a unit of systemd, has the rights to open ours.
-                names[key] = f"/proc/{os.getpid()}/fd/{fd}"
-        try:
-            yield Images(kernel=names["kernel"], initrd=names.get("initrd", ""), cmdline=cmdline)
-        except FailedError as error:
-            message = error.message
-            for name, text in ((names["kernel"], kernel), (names.get("initrd", ""), initrd)):
-                message = message.replace(name, text) if name else message
-            raise FailedError(message) from error
+        files: dict[str, OpenFile] = {}
+        arch = ""
+        for key, one in wanted.items():
+            if key == "dtb" and arch == X86_64:
+                raise UnsupportedError(
+                    "dtb: an x86 guest takes no device tree, its hardware is described by ACPI; leave it out"
+                )
+            if isinstance(one, int):
+                files[key] = _duplicate(key, one, fds[one], limit_mib * MIB)
+            else:
+                files[key] = open_as(key, one or "", peer, limit_bytes=limit_mib * MIB)
+            stack.callback(os.close, files[key].fd)
+            if key == "kernel":
+                arch = architecture(files[key])
+        yield Images(
+            kernel=files["kernel"], initrd=files.get("initrd"), dtb=files.get("dtb"), cmdline=cmdline, arch=arch
+        )
 
 
-def _open(key: str, text: str, limit_mib: int, peer: Peer) -> int:
-    path = Path(text)
-    if not path.is_absolute() or "\0" in text:
-        raise BadRequestError(f"{key}: {text[:200]!r} is not an absolute path; vmand has another working directory")
+@contextlib.contextmanager
+def named(copies: Mapping[Path, OpenFile]) -> Iterator[None]:
+    """What fails in the block and names one of the copies has the caller's name instead."""
     try:
-        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)  # no right is used, nothing happens to what it is
-    except OSError as error:
-        _refuse(key, text, peer, error)
-    try:
-        found = os.fstat(handle)
-        if not _may_read(path, handle, found, peer):
-            raise _denied(key, text, peer)
-        if not stat.S_ISREG(found.st_mode):
-            raise BadRequestError(f"{key}: {text[:200]} is not a regular file")
-        if not 0 < found.st_size <= limit_mib * MIB:
-            raise BadRequestError(f"{key}: {text[:200]} has {found.st_size} bytes; 1 to {limit_mib} MiB are allowed")
-        # The same inode again, now for reading: whether vmand itself may. O_NONBLOCK: no lease of another delays us.
-        return os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        _refuse(key, text, peer, error)
-    finally:
-        os.close(handle)
+        yield
+    except FailedError as error:
+        message = error.message
+        for path, file in copies.items():
+            message = message.replace(str(path), file.name)
+        raise FailedError(message) from error
 
 
-def _refuse(key: str, text: str, peer: Peer, error: OSError) -> NoReturn:
-    if peer.uid != 0:
-        raise _denied(key, text, peer)
-    raise BadRequestError(f"{key}: {text[:200]}: {error.strerror}") from None
+def _check_indices(named_ones: Mapping[str, int], count: int) -> None:
+    users: dict[int, str] = {}
+    for key, index in named_ones.items():
+        if not 0 <= index < count:
+            came = f"{count} came with the request, counted from 0" if count else "none came with the request"
+            raise BadRequestError(f"{key}: there is no descriptor {index}: {came}")
+        if index in users:
+            raise BadRequestError(f"{key}: descriptor {index} is {users[index]} already; send one for each")
+        users[index] = key
+    if unused := sorted(set(range(count)) - users.keys()):
+        raise BadRequestError(
+            f"descriptor {unused[0]} came with the request and no argument names it; give its number as kernel, initrd "
+            "or dtb, or do not send it"
+        )
 
 
-def _denied(key: str, text: str, peer: Peer) -> DeniedError:
-    return DeniedError(
-        f"{key}: {text[:200]} can't be read by uid {peer.uid}: there is no such file, or its mode or that of a "
-        "directory above it does not allow it (access control lists are not looked at)"
-    )
-
-
-def _may_read(path: Path, handle: int, found: os.stat_result, peer: Peer) -> bool:
-    if peer.uid == 0:
-        return True
-    real = Path(f"/proc/self/fd/{handle}").readlink()
-    # By both ways: the caller must be able to walk to where the name points as well as along the name itself.
-    above = {*path.parents, *real.parents}
-    return _allows(found, peer, _READ) and all(_allows(os.stat(one), peer, _SEARCH) for one in above)  # noqa: PTH116
-
-
-def _allows(found: os.stat_result, peer: Peer, right: int) -> bool:
-    """What the kernel does with mode bits (path_resolution(7)): the first class that fits decides."""
-    if found.st_uid == peer.uid:
-        shift = 6
-    elif found.st_gid in peer.groups:
-        shift = 3
-    else:
-        shift = 0
-    return bool(found.st_mode >> shift & right)
+def _duplicate(key: str, index: int, fd: int, limit_bytes: int) -> OpenFile:
+    name = f"descriptor {index}"
+    flags, found = fcntl.fcntl(fd, fcntl.F_GETFL), os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        raise BadRequestError(f"{key}: {name} is not a regular file or memfd; a pipe, socket or device can't be copied")
+    if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
+        raise BadRequestError(f"{key}: {name} is not open for reading")
+    check_size(key, name, found.st_size, limit_bytes)
+    return OpenFile(fd=os.dup(fd), name=name)

@@ -85,6 +85,8 @@ class Accelerators:
             return "tcg", f"{_DEVICE} does not exist"
         if not os.access(_DEVICE, os.R_OK | os.W_OK):
             return "tcg", f"vmand may not open {_DEVICE}"
+        if os.uname().machine != "x86_64":
+            return "kvm", f"{_DEVICE} opens; there is no tiny guest of this architecture to try it with"
         key = self._key()
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(self._cache.read_text(encoding="utf-8"))

@@ -1,197 +1,39 @@
-"""A guest's process: started outside vmand's own life, found again by who it is, ended only after that is verified.
+"""How a guest's QEMU is started and ended: as a user of its own, confined, outside vmand's own life.
 
-Where systemd runs, a transient unit; else a process of its own session. Identity is pid, start time and the run's uuid
-in the command line; signals go through a pidfd (pidfd_open(2)), so that a pid that came back can't be hit.
+Where systemd runs, a transient unit; else a process of its own session, which has the user, the limits and the lost
+privileges of a unit but sees the host's file system, devices and network as that user does.
 """
 
-import asyncio
 import contextlib
-import errno
-import itertools
+import dataclasses
 import logging
 import os
+import resource
+import shutil
 import signal
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+import stat
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from edgehold.errors import FailedError, SettingsError, TimedOutError
+from edgehold.errors import FailedError, SettingsError
+from vmand.backend.command import LOG
+from vmand.backend.confinement import Limits, emptied, limits, prlimit, setpriv
+from vmand.backend.process import Process, end_child, end_user, find, of_users
+from vmand.backend.rundir import RunDirs, last_line, may_raise_limits
+from vmand.backend.unit import Place, device, properties, spawn_unit, stop_unit, unit_name
+from vmand.config import Config
+from vmand.model import MIB, OpenDisk, Record
+
+__all__ = ["Launcher", "Process", "check_launcher", "end_child", "last_line", "use_systemd"]
 
 log = logging.getLogger(__name__)
 
 SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
-_KILL_TIMEOUT_S = 20.0
-_SYSTEMD_TIMEOUT_S = 30.0
-_REAP_S = 2.0
-_LOOKS, _LOOK_EVERY_S = 50, 0.02
-_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C"}
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """A process that can't be mistaken for another."""
-
-    pid: int
-    start_ticks: int
-    unit: str = ""
-
-
-def start_ticks(pid: int) -> int | None:
-    """Field 22 of /proc/PID/stat; None where there is no such process. The name in field 2 may hold anything."""
-    fields = _proc(pid, "stat").rpartition(b")")[2].split()
-    return int(fields[19]) if len(fields) > 19 else None
-
-
-def arguments(pid: int) -> list[str]:
-    """The command line of a process; empty for a dead one."""
-    return _proc(pid, "cmdline").decode(errors="replace").split("\0")[:-1]
-
-
-def _proc(pid: int, name: str) -> bytes:
-    """A file of /proc/PID; empty where there is no such process.
-
-    Raises:
-        FailedError: it can't be told, for example because no file descriptor is left.
-    """
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return b""
-    except OSError as error:
-        raise FailedError(f"/proc/{pid}/{name}: {error.strerror}") from error
-
-
-def run_of(argv: Sequence[str]) -> str:
-    """The run's uuid in a QEMU command line, or nothing."""
-    for option, value in itertools.pairwise(argv):
-        if option == "-uuid":
-            return value
-    return ""
-
-
-def find(own: str) -> list[tuple[int, str]]:
-    """(pid, run) of every process whose command line names the text ``own`` and a run."""
-    found = []
-    try:
-        entries = os.listdir("/proc")  # noqa: PTH208 - names are enough
-    except OSError as error:
-        raise FailedError(f"/proc: {error.strerror}") from error
-    for entry in entries:
-        if entry.isdigit() and int(entry) != os.getpid():
-            argv = arguments(int(entry))
-            if (run := run_of(argv)) and any(own in one for one in argv):
-                found.append((int(entry), run))
-    return found
-
-
-def _pidfd(pid: int) -> int:
-    """pidfd_open(2); -1 where there is no such process."""
-    try:
-        return os.pidfd_open(pid)
-    except OSError as error:
-        if error.errno in {errno.ESRCH, errno.EINVAL}:
-            return -1
-        raise FailedError(f"process {pid} can't be watched: {error.strerror}") from error
-
-
-class Process:
-    """A verified process, held by its pidfd."""
-
-    def __init__(self, identity: Identity, fd: int) -> None:
-        self.identity = identity
-        self._fd = fd
-        self._ended = asyncio.Event()
-        self._status: int | None = None
-        self._callbacks: list[Callable[[], None]] = []
-        asyncio.get_running_loop().add_reader(fd, self._on_end)
-
-    @classmethod
-    def open(cls, pid: int, run: str, *, started: int | None = None, unit: str = "") -> "Process | None":
-        """The process, or None where it does not exist or is not the one of this run.
-
-        Raises:
-            FailedError: it can't be told (no file descriptor is left); then nothing is known of the process.
-        """
-        fd = _pidfd(pid)
-        if fd < 0:
-            return None
-        # Verified after the pidfd was opened: what it holds now is what it holds for ever.
-        try:
-            ticks, argv = start_ticks(pid), arguments(pid)
-        except FailedError:
-            os.close(fd)
-            raise
-        if ticks is None or started not in {None, ticks} or not run or run_of(argv) != run:
-            os.close(fd)
-            return None
-        return cls(Identity(pid, ticks, unit), fd)
-
-    @classmethod
-    def of_child(cls, pid: int) -> "Process":
-        """A child that was started just now. Until it is waited for its pid can't be another's; its command line does
-        not tell yet, because a parent goes on before the kernel has set it."""
-        try:
-            fd = _pidfd(pid)
-        except FailedError:
-            os.kill(pid, signal.SIGKILL)  # nobody could watch it
-            os.waitpid(pid, 0)
-            raise
-        return cls(Identity(pid, start_ticks(pid) or 0), fd)
-
-    @property
-    def ended(self) -> bool:
-        return self._ended.is_set()
-
-    @property
-    def cause(self) -> str:
-        """How it ended, as far as the kernel tells us: only a parent is told."""
-        if self._status is None:
-            return "its process ended"
-        if os.WIFSIGNALED(self._status):
-            number = os.WTERMSIG(self._status)
-            return f"its process was killed by {signal.Signals(number).name}"
-        return f"its process ended with status {os.WEXITSTATUS(self._status)}"
-
-    def on_end(self, callback: Callable[[], None]) -> None:
-        """Call it once, when the process has ended."""
-        self._callbacks.append(callback)
-
-    async def wait(self, timeout_s: float | None = None) -> bool:
-        """Until it has ended; False when the time is over."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._ended.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    async def kill(self) -> None:
-        """SIGKILL, and wait until it is gone.
-
-        Raises:
-            TimedOutError: the kernel does not let it go (it hangs in a device).
-        """
-        if not self.ended:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._fd, signal.SIGKILL)
-        if not await self.wait(_KILL_TIMEOUT_S):
-            raise TimedOutError(f"process {self.identity.pid} did not end within {_KILL_TIMEOUT_S:g} s of SIGKILL")
-
-    def close(self) -> None:
-        """Stop watching; the process lives on."""
-        if self._fd >= 0:
-            asyncio.get_running_loop().remove_reader(self._fd)
-            os.close(self._fd)
-            self._fd = -1
-
-    def _on_end(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._fd)
-        with contextlib.suppress(ChildProcessError):  # an earlier vmand was its parent
-            pid, status = os.waitpid(self.identity.pid, os.WNOHANG)
-            self._status = status if pid else None
-        self._ended.set()
-        for callback in self._callbacks:
-            callback()
+KVM = Path("/dev/kvm")
+ROOT_SLICE = "-.slice"
+_UMASK = 0o077
+_QCOW2_SIZE = slice(24, 32)  # big endian, in the header: QEMU's docs/interop/qcow2.txt
+_QCOW2_TABLES_BYTES = 64 * MIB
 
 
 def check_launcher(setting: str) -> None:
@@ -209,118 +51,218 @@ def use_systemd(setting: str) -> bool:
     return setting == "systemd" or (setting == "auto" and SYSTEMD.is_dir())
 
 
-def spawn(argv: list[str], *, log_file: Path, cpus: Collection[int]) -> Process:
-    """Start a process of its own session on these cores; its output goes to the file.
+class Launcher:
+    """Starts the QEMUs of one vmand and ends what they leave."""
+
+    def __init__(self, config: Config, dirs: RunDirs) -> None:
+        self._config = config
+        self._dirs = dirs
+        self.systemd = use_systemd(config.launcher)
+
+    async def spawn(
+        self,
+        argv: Sequence[str],
+        record: Record,
+        *,
+        directory: Path,
+        cpus: Collection[int],
+        kvm: bool,
+        lock_memory: bool,
+        slice_name: str | None = None,
+        memory: Path | None = None,
+        disks: Sequence[OpenDisk] | None = None,
+    ) -> Process:
+        """Start QEMU in the directory of its run, on these cores. What it prints goes to its log there.
+
+        ``slice_name``: other than that of the settings; directly below the root slice the whole process is put on
+        the partition's own cores. ``memory``: the file of the guest's memory; None: somewhere in memory_dir. ``disks``:
+        the files that it may write to; None: of any size.
+
+        Raises:
+            FailedError: it could not be started.
+            TimedOutError: systemd does not answer.
+        """
+        uid = self._dirs.user(record)
+        bounds = limits(record, file_bytes=_largest(disks), image_bytes=_content(directory), lock_memory=lock_memory)
+        os.close(self._dirs.create(record, LOG, mode=0o600))
+        privileged = self.systemd or self._dirs.privileged
+        group = _group(KVM) if kvm and uid is not None else None
+        losing = setpriv(uid=uid, group=group, privileged=privileged)
+        chain = [*_located(losing), *_located(emptied()), *_located(argv)]
+        if not self.systemd:
+            bounds = bounds if may_raise_limits() else _within(bounds)
+            limited = [*_located(prlimit(bounds, uid=uid, privileged=privileged)), *chain]
+            return _spawn(limited, log_file=directory / LOG, cpus=cpus, uid=uid)
+        place = Place(
+            slice_name=slice_name or self._config.slice,
+            cpus=record.cpus if slice_name == ROOT_SLICE else cpus,
+            allowed=record.cpus if slice_name == ROOT_SLICE else (),
+            delegate=bool(record.cpus),
+            writable=(directory, memory or self._config.memory),
+            log_file=directory / LOG,
+        )
+        return await spawn_unit(
+            chain,
+            run=record.run,
+            unit=unit_name(record),
+            slice_name=place.slice_name,
+            given=[*properties(place, bounds, uid=uid), *(device(KVM) if kvm else ())],
+            uid=uid,
+            log_file=place.log_file,
+        )
+
+    def cgroup(self, process: Process) -> Path | None:
+        """The cgroup (version 2) of a unit's process; None for a process that is in none of its own.
+
+        Raises:
+            FailedError: it can't be read.
+        """
+        if not process.identity.unit:
+            return None
+        try:
+            lines = Path(f"/proc/{process.identity.pid}/cgroup").read_text(encoding="utf-8").splitlines()
+            mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise FailedError(f"the cgroup of process {process.identity.pid}: {error.strerror}") from error
+        path = next((one.removeprefix("0::") for one in lines if one.startswith("0::")), "")
+        root = next((one.split()[4] for one in mounts if " - cgroup2 " in one), "")
+        # Whoever moved it elsewhere did not make that cgroup for us.
+        return Path(root + path) if root and path.rpartition("/")[2] == process.identity.unit else None
+
+    async def stop(self, record: Record) -> None:
+        """Stop the unit of a run, also one that systemd was asked for and whose QEMU is not there yet. Idempotent."""
+        if record.run and (self.systemd or record.unit):
+            await stop_unit(record.unit or unit_name(record))
+
+    async def end(self, record: Record) -> None:
+        """End whatever is left of a run: its process, its unit, and all that its user has. Idempotent.
+
+        Raises:
+            TimedOutError: even SIGKILL did not end it.
+        """
+        if record.run:
+            await self._end_runs({record.run})
+            await self.stop(record)
+        if self._dirs.uids:
+            await self._end_user(self._dirs.uids[record.slot])
+
+    async def sweep(self, runs: Collection[str], *, slots: Collection[int] | None = None) -> None:
+        """End what was started for a partition of this vmand and belongs to none of these runs.
+
+        ``slots``: of the partitions with these runs; the users of all others have nothing to run. None: not asked.
+        """
+        await self._end_runs({run for _pid, run in self._processes() if run not in runs})
+        if slots is not None:
+            keep = {self._dirs.uids[one] for one in slots if self._dirs.uids}
+            for uid in sorted({uid for _pid, uid in of_users(self._dirs.uids)} - keep):
+                await self._end_user(uid)
+
+    def _processes(self) -> list[tuple[int, str]]:
+        return find(f"path={self._dirs.base}/")
+
+    async def _end_runs(self, runs: Collection[str]) -> None:
+        for pid, run in self._processes() if runs else ():
+            if run in runs and (process := Process.open(pid, run)) is not None:
+                log.warning("ending the remains of a run", extra={"run": run, "pid": pid})
+                with contextlib.closing(process):
+                    await process.kill()
+
+    async def _end_user(self, uid: int) -> None:
+        if count := await end_user(uid):
+            log.warning("ended %d processes of a user that has no run", count, extra={"uid": uid})
+
+
+def _within(bounds: Limits) -> Limits:
+    """No more than vmand's own hard limits, where it may not raise them."""
+
+    def least(kind: int, wanted: int) -> int:
+        hard = resource.getrlimit(kind)[1]
+        return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+
+    longest = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    files = bounds.file_bytes
+    if files is None and longest != resource.RLIM_INFINITY:
+        files = longest
+    return dataclasses.replace(
+        bounds,
+        threads=least(resource.RLIMIT_NPROC, bounds.threads),
+        open_files=least(resource.RLIMIT_NOFILE, bounds.open_files),
+        locked_bytes=least(resource.RLIMIT_MEMLOCK, bounds.locked_bytes),
+        file_bytes=None if files is None else least(resource.RLIMIT_FSIZE, files),
+    )
+
+
+def _content(directory: Path) -> int:
+    """The bytes of the files in a directory."""
+    return sum(one.stat().st_size for one in directory.iterdir() if one.is_file())
+
+
+def _largest(disks: Sequence[OpenDisk] | None) -> int | None:
+    """The most bytes that one of these files may come to have. A block device does not grow and counts for nothing."""
+    if disks is None:
+        return None
+    return max((_grown(one) for one in disks if not one.readonly), default=0)
+
+
+def _grown(disk: OpenDisk) -> int:
+    size = os.fstat(disk.file.fd).st_size
+    if disk.format != "qcow2":
+        return size
+    # Its tables come on top, and clusters that were freed and are not used again.
+    told = int.from_bytes(os.pread(disk.file.fd, _QCOW2_SIZE.stop, 0)[_QCOW2_SIZE], "big")
+    return max(size, 2 * told) + _QCOW2_TABLES_BYTES
+
+
+def _group(path: Path) -> int | None:
+    """The group through which another user may use a device; None where everybody may.
 
     Raises:
-        FailedError: it could not be started.
+        FailedError: nobody but its owner may.
     """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise FailedError(f"{path}: {error.strerror}") from error
+    if found.st_mode & (stat.S_IROTH | stat.S_IWOTH) == stat.S_IROTH | stat.S_IWOTH:
+        return None
+    if found.st_gid == 0 or not found.st_mode & stat.S_IRGRP or not found.st_mode & stat.S_IWGRP:
+        raise FailedError(
+            f"{path}: no group but root's may use it (mode {stat.S_IMODE(found.st_mode):04o}), and a guest has none of "
+            f"root's rights; chgrp kvm {path} and chmod 0660 it, or set accelerator to tcg"
+        )
+    return found.st_gid
+
+
+def _located(argv: Sequence[str]) -> list[str]:
+    """The command line with its program's path: QEMU's environment is empty, and so has no PATH.
+
+    Raises:
+        FailedError: there is no such program.
+    """
+    path = shutil.which(argv[0])
+    if path is None:
+        raise FailedError(f"{argv[0]} can't be started: No such file or directory; is it installed?")
+    return [path, *argv[1:]]
+
+
+def _spawn(argv: list[str], *, log_file: Path, cpus: Collection[int], uid: int | None) -> Process:
     actions = [
         (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_OPEN, 1, str(log_file), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+        (os.POSIX_SPAWN_OPEN, 1, str(log_file), os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW, 0),
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
-    own = os.sched_getaffinity(0)
+    own, umask = os.sched_getaffinity(0), os.umask(_UMASK)
     try:
-        # A child inherits its parent's mask; this is one thread, and nothing runs in between.
+        # A child inherits mask and umask. This is one thread, and what another makes meanwhile is for vmand alone.
         os.sched_setaffinity(0, cpus)
-        pid = os.posix_spawnp(
-            argv[0], argv, _ENVIRONMENT, file_actions=actions, setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE,)
+        pid = os.posix_spawn(
+            argv[0], argv, {}, file_actions=actions, setsid=True, setsigmask=(), setsigdef=(signal.SIGPIPE,)
         )
     except OSError as error:
         raise FailedError(f"{argv[0]} can't be started: {error.strerror}; is it installed?") from error
     finally:
         os.sched_setaffinity(0, own)
-    return Process.of_child(pid)
-
-
-async def spawn_unit(
-    argv: Sequence[str], *, run: str, log_file: Path, cpus: Collection[int], unit: str, slice_name: str
-) -> Process:
-    """Start a transient systemd unit: systemd owns the process, and vmand's end does not touch it.
-
-    Raises:
-        FailedError: systemd refused; the text has its words.
-    """
-    properties = [
-        "KillMode=mixed",
-        "SendSIGHUP=no",
-        f"StandardOutput=append:{log_file}",
-        f"StandardError=append:{log_file}",
-        f"CPUAffinity={' '.join(map(str, sorted(cpus)))}",
-    ]
-    await _output(
-        "systemd-run",
-        "--quiet",
-        "--collect",
-        "--service-type=exec",  # returns after the exec, so that the command line can be verified
-        f"--unit={unit}",
-        f"--slice={slice_name}",
-        *(f"--property={one}" for one in properties),
-        "--",
-        argv[0],
-        # systemd replaces $NAME in the arguments of a command (systemd.service(5), COMMAND LINES); a $ is written $$.
-        *(one.replace("$", "$$") for one in argv[1:]),
-    )
-    text = await _output("systemctl", "show", "--property=MainPID", "--value", unit)
-    pid = int(text) if text.isdigit() else 0
-    for _ in range(_LOOKS):  # see `Process.of_child`
-        process = Process.open(pid, run, unit=unit) if pid else None
-        if process is not None or not start_ticks(pid):
-            break
-        await asyncio.sleep(_LOOK_EVERY_S)
-    if process is None:
-        raise FailedError(f"{argv[0]} ended at once{last_line(log_file)}; journalctl -u {unit} may say more")
-    return process
-
-
-async def stop_unit(unit: str) -> None:
-    """Stop a unit, also one that is only about to start. One that does not exist is stopped.
-
-    Raises:
-        TimedOutError: systemd does not answer.
-    """
-    try:
-        await _output("systemctl", "stop", unit)
-    except FailedError as error:
-        log.debug("%s: %s", unit, error)
-
-
-def last_line(log_file: Path) -> str:
-    """The last line of a log as the end of a sentence."""
-    try:
-        with log_file.open("rb") as file:
-            file.seek(max(0, log_file.stat().st_size - 4096))
-            lines = file.read().decode(errors="replace").strip().splitlines()
-    except OSError:
-        return ""
-    return f": {lines[-1][:300]}" if lines else ""
-
-
-async def end_child(process: asyncio.subprocess.Process) -> None:
-    """SIGKILL, and a moment's wait. One that hangs in the kernel may outlive it; asyncio reaps it when it ends."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_REAP_S):
-                await process.wait()
-
-
-async def _output(*argv: str) -> str:
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-        )
-    except OSError as error:
-        raise FailedError(f"{argv[0]} can't be started: {error.strerror}; is systemd installed?") from error
-    try:
-        async with asyncio.timeout(_SYSTEMD_TIMEOUT_S):
-            out, err = await process.communicate()
-    except TimeoutError:
-        raise TimedOutError(f"{argv[0]} did not end within {_SYSTEMD_TIMEOUT_S:g} s; does systemd answer?") from None
-    finally:
-        await end_child(process)
-    if process.returncode:
-        raise FailedError(f"{argv[0]} failed: {err.decode(errors='replace').strip()[:300]}")
-    return out.decode().strip()
+        os.umask(umask)
+    return Process.of_child(pid, uid=uid)

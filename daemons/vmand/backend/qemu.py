@@ -1,63 +1,61 @@
 """The back end that runs each partition's guest in a QEMU of its own."""
 
 import asyncio
-import contextlib
+import dataclasses
 import logging
 import os
-import re
-import shutil
+import socket
 from collections.abc import Collection
 from pathlib import Path
 
-from edgehold.api.vmand import Mode, Vcpu
-from edgehold.errors import FailedError
-from vmand.backend import Changed, Ended, Finding, Host, Output, Running
-from vmand.backend import launcher as launch
-from vmand.backend.command import LOG, qemu_argv
+from edgehold.api.vmand import Check, CoresGrade, MemoryGrade, Mode, Vcpu
+from edgehold.errors import EdgeholdError, FailedError
+from vmand.backend import Changed, Ended, Finding, Grades, Host, Output, Running, Trait, devices, doctor, dtb, dtbcheck
+from vmand.backend import images as opened_images
+from vmand.backend.command import Files, MemoryBacking, qemu_argv
+from vmand.backend.cores import Cores
+from vmand.backend.cpuset import Cpusets
 from vmand.backend.guest import Guest
-from vmand.backend.kvm import Accelerators
-from vmand.backend.launcher import Process
+from vmand.backend.launcher import Launcher
+from vmand.backend.machines import Machines
 from vmand.backend.memory import MemoryFiles
+from vmand.backend.process import Process
+from vmand.backend.rundir import RunDirs
+from vmand.backend.steering import Steering
+from vmand.backend.topology import isolated_by_boot
 from vmand.config import Config
-from vmand.model import MIB, Found, Images, Record, parse_cores
+from vmand.model import LIVE, MIB, Found, Images, OpenFile, Record
+from vmand.placement import LINUX, Topology
 
 log = logging.getLogger(__name__)
 
 # A start does not wait longer for a QEMU that hangs: its record stays as it is, and it is looked at again later.
 _FIRST_LOOK_S = 2.0
-_RUN_DIR = re.compile(r"[0-9]{1,10}")
-
-
-def pool_cores(config: Config) -> frozenset[int]:
-    """The cores that dedicated partitions may get on this host: those of the settings that exist, never core 0.
-
-    Raises:
-        ValueError: the setting is malformed or names a core that vmand may not use.
-    """
-    usable = os.sched_getaffinity(0)
-    if not config.pool.cores:
-        return frozenset(usable - {0})
-    wanted = parse_cores(config.pool.cores)
-    if missing := sorted(wanted - usable):
-        raise ValueError(f"core {missing[0]} does not exist here or vmand may not use it; usable: {sorted(usable)}")
-    return frozenset(wanted - {0})
-
-
-def _unit(record: Record) -> str:
-    """The unit of a run: made of what the intent holds, so that it is known before systemd is asked for it."""
-    return f"vmand-p-{record.id}-{record.run[:8]}.service"
+# What a guest of which nothing is known yet may take to say which threads it has, when its grade is read.
+_THREADS_S = 1.0
 
 
 class QemuBackend:
     """Guests by partition id, and the places that belong to them."""
 
-    def __init__(self, config: Config, *, pool: frozenset[int]) -> None:
+    traits = frozenset(Trait) - {Trait.SECURE, Trait.SCRUB}
+
+    def __init__(self, config: Config, *, topology: Topology, pool: frozenset[int]) -> None:
         self._config = config
-        self._housekeeping = frozenset(os.sched_getaffinity(0) - pool) or frozenset({0})
-        self._memory = MemoryFiles(config.memory)
-        self._runs = config.runtime / "p"
-        self._systemd = launch.use_systemd(config.launcher)
-        self._accelerators = Accelerators(config.qemu, config.accelerator, cache=config.runtime / "kvm.json")
+        self._pool = pool
+        self._housekeeping = frozenset(os.sched_getaffinity(0) - pool) or frozenset({LINUX})
+        self._steering = Steering(runtime=config.runtime, online=topology.online) if config.steer else None
+        self._cores = Cores(
+            topology=topology,
+            pool=pool,
+            housekeeping=self._housekeeping,
+            cpusets=Cpusets(boot_isolated=isolated_by_boot()),
+            steering=self._steering,
+        )
+        self._memory = MemoryFiles(config.memory, hugepages=config.hugepages)
+        self._dirs = RunDirs(config.runtime / "p", config.uid_first, places=(config.memory,))
+        self._launcher = Launcher(config, self._dirs)
+        self._machines = Machines(config)
         self._guests: dict[int, Guest] = {}
         self._changed: Changed = lambda _id, _run: None
         self._output: Output = lambda _id, _text: None
@@ -66,64 +64,120 @@ class QemuBackend:
 
     def begin(self, *, changed: Changed, output: Output, ended: Ended) -> None:
         self._changed, self._output, self._ended = changed, output, ended
-        for directory in (self._config.memory, self._runs):
-            try:
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
-                raise FailedError(f"{directory}: {error.strerror}") from error
+        self._dirs.begin()
 
     async def host(self) -> Host:
-        accelerator, reason = await self._accelerators.chosen()
+        accelerator, reason = await self._machines.accelerator()
+        best_cores, cores_reason = self._cores.best()
+        best_memory, memory_reason = self._memory.best()
         return Host(
             backend="qemu",
             accelerator=accelerator,
             accelerator_reason=reason,
-            launcher="systemd" if self._systemd else "process",
+            launcher="systemd" if self._launcher.systemd else "process",
+            best=Grades(cores=best_cores, cores_reason=cores_reason, memory=best_memory, memory_reason=memory_reason),
+            archs=self._machines.archs(),
         )
 
     def memory_free(self) -> int:
         return self._memory.free_bytes(self._config.pool.headroom_mib * MIB)
 
-    async def reserve(self, record: Record) -> None:
-        await self._memory.take(record.uuid, record.memory_bytes)
+    async def reserve(self, record: Record) -> Grades:
+        headroom = self._config.pool.headroom_mib * MIB
+        await self._memory.take(record.uuid, record.memory_bytes, node=record.node, headroom=headroom)
+        return await self.grade(record)
 
     async def release(self, record: Record) -> None:
         self._memory.give_back(record.uuid)
         self._last_console.pop(record.id, None)
 
+    async def scrub(self, record: Record) -> None:
+        """Nothing: a new file of a tmpfs or hugetlbfs is zeroes."""
+
+    async def doctor(self) -> list[Check]:
+        facts = await asyncio.to_thread(doctor.gather)
+        host = await self.host()
+        return doctor.checks(
+            dataclasses.replace(
+                facts,
+                pool=self._pool,
+                cores_grade=host.best.cores or CoresGrade.SHARED,
+                cores_reason=host.best.cores_reason,
+                memory_grade=host.best.memory or MemoryGrade.PLAIN,
+                memory_reason=host.best.memory_reason,
+                memory_dir=str(self._config.memory),
+                memory_free_bytes=self.memory_free(),
+                hugepages=self._config.hugepages,
+                accelerator=host.accelerator,
+                accelerator_reason=host.accelerator_reason,
+                archs=frozenset(host.archs),
+                systemd=self._launcher.systemd,
+                uid_first=self._config.uid_first,
+                users_reason=self._dirs.reason,
+                bridges=self._config.bridges,
+                steer=self._config.steer,
+                steer_reason=self._steering.said() if self._steering else "",
+            )
+        )
+
     async def start(self, record: Record, images: Images) -> Running:
-        if not self._memory.has(record.uuid, record.memory_bytes):
+        user = self._dirs.user(record)
+        if not self._memory.has(record.uuid, record.memory_bytes, uid=user):
             raise FailedError(
                 f"the memory of partition {record.id} is gone (was the host started anew, or the tmpfs emptied?); "
                 "destroy the partition and create it again"
             )
-        accelerator, _reason = await self._accelerators.chosen()
-        directory = self._fresh_directory(record.id)
+        machine = await self._machines.machine(images.arch)
+        self._cores.prepare(record)
+        blob = await asyncio.to_thread(_device_tree, record, images)
+        directory = await asyncio.to_thread(self._dirs.make, record)
         self._last_console.pop(record.id, None)
-        argv = qemu_argv(
-            self._config.qemu,
+        files, copies = await self._copies(record, images, blob)
+        self._memory.hand_over(record.uuid, user)
+        backing = MemoryBacking(path=self._memory.path(record.uuid), lock=self._memory.needs_lock(record.uuid))
+        argv = qemu_argv(machine, record, images, files=files, memory=backing, directory=directory)
+        process = await self._launcher.spawn(
+            argv,
             record,
-            images,
-            accelerator=accelerator,
-            memory=self._memory.path(record.uuid),
             directory=directory,
+            cpus=self._housekeeping if record.mode is Mode.DEDICATED else os.sched_getaffinity(0),
+            kvm=machine.accelerator == "kvm",
+            lock_memory=backing.lock,
+            slice_name=(self._cores.unit_slice if record.mode is Mode.DEDICATED else "") or None,
+            memory=backing.path,
+            disks=images.disks,
         )
-        process = await self._spawn(argv, record, directory)
         guest = self._hold(record, process)
-        await guest.connect(self._config.start_timeout_s)
+        with opened_images.named(copies):
+            await guest.connect(self._config.start_timeout_s)
+            self._dirs.seal(record)
+            await devices.plug(guest.monitor.call, record, images)
         if record.mode is Mode.DEDICATED:
-            await guest.pin(record.cpus)
+            tids = await guest.threads()
+            group = self._launcher.cgroup(process)
+            await self._cores.dedicate(record, pid=process.identity.pid, tids=tids, group=group)
         await guest.monitor.call("cont")
         finding = await guest.look()
         if finding.found not in {Found.RUNNING, Found.OFF}:
             raise FailedError(f"the guest does not run: {finding.reason or finding.found.value}")
         one = process.identity
-        return Running(pid=one.pid, start_ticks=one.start_ticks, unit=one.unit, accelerator=accelerator)
+        return Running(
+            pid=one.pid,
+            start_ticks=one.start_ticks,
+            uid=user,
+            unit=one.unit,
+            accelerator=machine.accelerator,
+            arch=machine.arch,
+            vsock_cid=devices.FIRST_CID + record.slot if images.vsock else None,
+        )
 
     async def adopt(self, record: Record) -> Finding:
-        process = Process.open(record.pid or 0, record.run, started=record.start_ticks, unit=record.unit)
+        process = Process.open(
+            record.pid or 0, record.run, started=record.start_ticks, unit=record.unit, uid=record.uid
+        )
         if process is None:
             return Finding(found=Found.GONE, reason="its process ended while vmand was away")
+        self._cores.adopt(record)
         return await self._hold(record, process).look(limit_s=_FIRST_LOOK_S)
 
     async def look(self, record: Record) -> Finding:
@@ -134,6 +188,27 @@ class QemuBackend:
             return Finding(found=Found.GONE, reason="its process ended")
         return await guest.look()
 
+    async def grade(self, record: Record, *, repair: bool = False) -> Grades:
+        memory, memory_reason = self._memory.grade(record.uuid, record.memory_bytes, pid=record.pid)
+        if memory is record.memory_grade is MemoryGrade.LOCKED:
+            memory_reason = record.memory_reason  # why it got no huge pages is known best from its create
+        if record.state not in LIVE:
+            return Grades(memory=memory, memory_reason=memory_reason)
+        cores, cores_reason = record.cores_grade, record.cores_reason
+        guest = self._guests.get(record.id)
+        if guest is not None and guest.run == record.run and record.pid is not None:
+            tids: tuple[int, ...] = ()
+            if record.mode is Mode.DEDICATED:
+                try:
+                    tids = await guest.threads(limit_s=_THREADS_S)
+                except EdgeholdError as error:
+                    log.debug("partition %d: its threads are not known: %s", record.id, error)
+            if tids or record.mode is Mode.SHARED:
+                if repair:
+                    self._cores.repair(record, pid=record.pid, tids=tids)
+                cores, cores_reason = self._cores.read(record, pid=record.pid, tids=tids)
+        return Grades(cores=cores, cores_reason=cores_reason, memory=memory, memory_reason=memory_reason)
+
     async def suspend(self, record: Record) -> None:
         await self._guest(record).monitor.call("stop")
 
@@ -141,7 +216,7 @@ class QemuBackend:
         await self._guest(record).monitor.call("cont")
 
     async def reboot(self, record: Record) -> None:
-        await self._guest(record).monitor.call("system_reset")
+        await self._guest(record).reboot()
 
     async def press_power(self, record: Record) -> None:
         await self._guest(record).monitor.call("system_powerdown")
@@ -156,11 +231,11 @@ class QemuBackend:
             self._last_console[record.id] = guest.console.text
             self._guests.pop(record.id, None)
         if record.run:
-            await self._end_remains({record.run})
-            if self._systemd or record.unit:
-                # Also a unit that systemd was asked for and whose QEMU is not there yet: a command that was cut off.
-                await launch.stop_unit(record.unit or _unit(record))
-        shutil.rmtree(self._runs / str(record.id), ignore_errors=True)
+            await self._launcher.end(record)
+        self._cores.release(record)
+        await asyncio.to_thread(self._dirs.remove, record.id)
+        if self._memory.has(record.uuid, record.memory_bytes, uid=self._dirs.user(record)):
+            self._memory.hand_over(record.uuid, None)
 
     async def vcpus(self, record: Record) -> list[Vcpu]:
         return await self._guest(record).vcpus()
@@ -172,26 +247,25 @@ class QemuBackend:
         guest.console.flush()
         return guest.console.text
 
+    def attach(self, record: Record) -> socket.socket:
+        return self._guest(record).console.attach()
+
     async def sweep(self, records: Collection[Record]) -> None:
         # Whatever its state: the process of a known run is ended by a command, or by what was found, never by a sweep.
-        keep = {one.run for one in records if one.run}
-        strangers = {run for _pid, run in self._processes() if run not in keep}
-        await self._end_remains(strangers)
-        live = {str(one.id) for one in records if one.run}
-        try:
-            entries = list(self._runs.iterdir())
-        except OSError as error:
-            raise FailedError(f"{self._runs}: {error.strerror}") from error
-        for entry in entries:
-            if _RUN_DIR.fullmatch(entry.name) and entry.name not in live:
-                shutil.rmtree(entry, ignore_errors=True)
+        runs, slots = {one.run for one in records if one.run}, {one.slot for one in records if one.run}
+        await self._launcher.sweep(runs, slots=slots)
+        live = {one.id for one in records if one.run}
+        for one in set(self._dirs.ids()) - live:
+            await asyncio.to_thread(self._dirs.remove, one)
+        self._cores.sweep(live)
         for name in self._memory.sweep({one.uuid for one in records}):
             log.warning("removed memory that belongs to no partition: %s", name)
 
     async def close(self) -> None:
-        await self._accelerators.close()
+        await self._machines.close()
         await asyncio.gather(*(guest.close() for guest in self._guests.values()))
         self._guests.clear()
+        self._memory.close()
 
     def _guest(self, record: Record) -> Guest:
         guest = self._guests.get(record.id)
@@ -203,7 +277,7 @@ class QemuBackend:
         guest = Guest(
             record,
             process,
-            self._runs / str(record.id),
+            self._dirs.path(record.id),
             qmp_timeout_s=self._config.qmp_timeout_s,
             changed=lambda: self._changed(record.id, record.run),
             output=lambda text: self._output(record.id, text),
@@ -212,35 +286,28 @@ class QemuBackend:
         self._guests[record.id] = guest
         return guest
 
-    def _fresh_directory(self, partition: int) -> Path:
-        directory = self._runs / str(partition)
-        shutil.rmtree(directory, ignore_errors=True)
-        try:
-            directory.mkdir(mode=0o700)
-        except OSError as error:
-            raise FailedError(f"{directory}: {error.strerror}") from error
-        return directory
+    async def _copies(self, record: Record, images: Images, blob: bytes | None) -> tuple[Files, dict[Path, OpenFile]]:
+        """The images where QEMU may read them, and what the caller calls each."""
+        limit = self._config.limits.image_mib * MIB
+        made: dict[str, Path] = {}
+        names: dict[Path, OpenFile] = {}
+        for key, file in (("kernel", images.kernel), ("initrd", images.initrd)):
+            if file is not None:
+                made[key] = await self._dirs.put(record, key, file.fd, limit=limit)
+                names[made[key]] = file
+        if blob is not None and images.dtb is not None:
+            made["dtb"] = self._dirs.path(record.id) / "dtb"
+            fd = self._dirs.create(record, "dtb", mode=0o400, uid=self._dirs.user(record))
+            with os.fdopen(fd, "wb") as copy:
+                copy.write(blob)
+            names[made["dtb"]] = images.dtb
+        return Files(kernel=made["kernel"], initrd=made.get("initrd"), dtb=made.get("dtb")), names
 
-    async def _spawn(self, argv: list[str], record: Record, directory: Path) -> Process:
-        cpus = self._housekeeping if record.mode is Mode.DEDICATED else os.sched_getaffinity(0)
-        if not self._systemd:
-            return launch.spawn(argv, log_file=directory / LOG, cpus=cpus)
-        return await launch.spawn_unit(
-            argv,
-            run=record.run,
-            log_file=directory / LOG,
-            cpus=cpus,
-            unit=_unit(record),
-            slice_name=self._config.slice,
-        )
 
-    def _processes(self) -> list[tuple[int, str]]:
-        """Every QEMU that was started for a partition of this vmand, alive or adopted or forgotten."""
-        return launch.find(f"path={self._runs}/")
-
-    async def _end_remains(self, runs: Collection[str]) -> None:
-        for pid, run in self._processes() if runs else ():
-            if run in runs and (process := Process.open(pid, run)) is not None:
-                log.warning("ending the remains of a run", extra={"run": run, "pid": pid})
-                with contextlib.closing(process):
-                    await process.kill()
+def _device_tree(record: Record, images: Images) -> bytes | None:
+    """The device tree as QEMU is to load it, checked against the partition."""
+    if images.dtb is None:
+        return None
+    blob = dtb.read(images.dtb)
+    dtbcheck.check(dtb.parse(blob), cores=record.cores, memory_bytes=record.memory_bytes)
+    return dtb.packed(blob)

@@ -65,6 +65,7 @@ class Monitor:
         self._on_event = on_event
         self._client: QMPClient | None = None
         self._connected = asyncio.Event()
+        self._sending = asyncio.Lock()
         self._dead = False
         self.task = asyncio.create_task(self._stay_connected(), name=f"monitor of {who}")
 
@@ -80,8 +81,17 @@ class Monitor:
         except TimeoutError:
             raise TimedOutError(f"QEMU of {self._who} does not greet on its monitor within {timeout_s:g} s") from None
 
-    async def call(self, command: str, arguments: dict[str, object] | None = None, *, limit_s: float = math.inf) -> Any:
+    async def call(
+        self,
+        command: str,
+        arguments: dict[str, object] | None = None,
+        *,
+        limit_s: float = math.inf,
+        fd: int | None = None,
+    ) -> Any:
         """One command, its answer, waited for as long as the settings say and at most ``limit_s``.
+
+        ``fd`` goes with a command that takes a descriptor (``add-fd``, ``getfd``); it stays the caller's to close.
 
         Raises:
             TimedOutError: no answer in time: QEMU hangs, or gets too little of the CPU.
@@ -97,7 +107,12 @@ class Monitor:
             raise UnavailableError(f"QEMU of {self._who} closed its monitor")
         try:
             async with asyncio.timeout(timeout_s):
-                return await client.execute(command, arguments)
+                if fd is None:
+                    return await client.execute(command, arguments)
+                # QEMU keeps one descriptor for the next command that asks for one: no other may be sent in between.
+                async with self._sending:
+                    client.send_fd_scm(fd)
+                    return await client.execute(command, arguments)
         except TimeoutError:
             raise TimedOutError(
                 f"QEMU of {self._who} did not answer to {command} within {timeout_s:g} s; "
@@ -105,7 +120,10 @@ class Monitor:
             ) from None
         except ExecuteError as error:
             raise FailedError(f"QEMU of {self._who} refused {command}: {error}") from error
-        except QMPError as error:
+        except (
+            QMPError,
+            OSError,
+        ) as error:  # OSError: of the descriptor's own message, which the library does not queue
             raise UnavailableError(f"QEMU of {self._who} closed its monitor during {command}") from error
 
     async def status(self, *, limit_s: float = math.inf) -> tuple[Found | None, str]:

@@ -1,22 +1,29 @@
 """vmand's contract: partitions, their states, and the client that other tools use.
 
 Commands, arguments and states are those of the vManager's internal API (NANCY D3.4 §3.2.1); what is ours beside them
-(``name``, ``mode``, ``initrd``, ``cmdline``, list, status, vcpus, console, subscribe) only adds to it.
+(names, modes, devices, grades, list, status, vcpus, console, events, doctor) only adds to it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
 from edgehold.errors import FailedError
 from edgehold.wire.control import ControlClient
+from edgehold.wire.stream import close_all
 
 DEFAULT_SOCKET = Path("/run/vmand/control.sock")
+
+Which = int | str
+"""A partition: its id, or its name. A text of digits is an id."""
+File = Path | int
+"""A path, or an open descriptor."""
 
 
 class State(StrEnum):
@@ -28,6 +35,8 @@ class State(StrEnum):
     """The guest's CPUs run."""
     SUSPENDED = "SUSPENDED"
     """The guest's CPUs are stopped; its memory and cores are kept."""
+    BUSY = "BUSY"
+    """A command is under way; ``command`` says which. It ends in another state."""
     FAILED = "FAILED"
     """The guest's process died or the guest panicked; ``reason`` says how. ``shutdown`` makes it READY again."""
 
@@ -41,6 +50,44 @@ class Mode(StrEnum):
     """vCPUs are not pinned; deadlined may hold each by a reservation."""
 
 
+class CoresGrade(StrEnum):
+    """How far a deployed guest's CPUs have their cores for themselves, best first. Read back from the kernel."""
+
+    ISOLATED = "isolated"
+    """An isolated cpuset partition (cgroup v2): no other task of the host may run there, and there is no balancing."""
+    PINNED = "pinned"
+    """Each vCPU is pinned to a core that no other partition gets; other tasks of the host may run there."""
+    SHARED = "shared"
+    """The vCPUs run wherever the host puts them."""
+
+
+class MemoryGrade(StrEnum):
+    """What a partition's memory is, best first."""
+
+    HUGETLB = "hugetlb"
+    """Huge pages, taken from the host's pool at create: never swapped, few TLB misses."""
+    LOCKED = "locked"
+    """Ordinary pages, allocated at create and never swapped."""
+    PLAIN = "plain"
+    """Ordinary pages, allocated at create; the host may swap them."""
+
+
+class Disk(msgspec.Struct, frozen=True, kw_only=True):
+    """A block device of a guest (virtio). ``path`` is absolute."""
+
+    path: str
+    format: Literal["raw", "qcow2"] = "raw"
+    readonly: bool = False
+
+
+class Nic(msgspec.Struct, frozen=True, kw_only=True):
+    """A network interface of a guest (virtio): a tap in a bridge of the host."""
+
+    bridge: str
+    mac: str = ""
+    """Empty: made from the partition's uuid, so that it stays the same."""
+
+
 class Partition(msgspec.Struct, frozen=True, kw_only=True):
     """One partition as vmand sees it now."""
 
@@ -52,8 +99,27 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True):
     cores: int
     memory_bytes: int
     secure: bool = False
+    strict: bool = False
+    """Deploy is refused where the cores can't be isolated."""
+    command: str = ""
+    """The command that is under way while the state is BUSY."""
     cpus: tuple[int, ...] = ()
     """The host's cores that are given to a dedicated partition."""
+    node: int | None = None
+    """The NUMA node of the cores; None for a shared partition."""
+    cores_grade: CoresGrade | None = None
+    """How dedicated the cores are; None where no guest runs."""
+    cores_reason: str = ""
+    """Why the grade is not a better one."""
+    memory_grade: MemoryGrade | None = None
+    memory_reason: str = ""
+    """Why the grade is not a better one."""
+    arch: str = ""
+    """``x86_64`` or ``aarch64`` while a guest is deployed."""
+    vsock_cid: int | None = None
+    """The guest's address (vsock(7)) where it was deployed with vsock."""
+    user: int | None = None
+    """The uid of the guest's process, where there is one."""
     accelerator: str = ""
     """``kvm`` or ``tcg`` while a guest is deployed, with which its CPUs run."""
     pid: int | None = None
@@ -63,6 +129,8 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True):
     boot_count: int = 0
     reason: str = ""
     """Why it is FAILED, or what ended the guest."""
+    last_output: str = ""
+    """The last lines of the console of a guest that FAILED."""
 
 
 class Vcpu(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +141,7 @@ class Vcpu(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened to a partition; ``kind`` is ``state``, ``console`` or ``gone``."""
+    """Something that happened to a partition; ``kind`` is ``state``, ``grade``, ``console`` or ``gone``."""
 
     kind: str
     partition: int
@@ -82,6 +150,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     text: str = ""
     """Console output, as far as it is UTF-8."""
+    cores_grade: CoresGrade | None = None
+    memory_grade: MemoryGrade | None = None
+    """``grade``: both as they are now; ``reason`` says what changed."""
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,12 +163,36 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     launcher: str
     """``systemd`` (a transient unit a guest) or ``process`` (a detached process)."""
+    cores_grade: CoresGrade
+    """The best grade that a dedicated partition's cores can have here."""
+    cores_reason: str
+    """Why it is not a better one."""
+    memory_grade: MemoryGrade
+    memory_reason: str
+    supports: tuple[str, ...]
+    """What the back end can: of ``suspend``, ``shutdown``, ``exit-events``, ``virtio``, ``secure``, ``console``,
+    ``device-tree``, ``shared``."""
+    archs: tuple[str, ...]
+    """Guest architectures whose emulator or hypervisor is there."""
     cores_pool: tuple[int, ...]
     """Cores that dedicated partitions may be given; core 0 stays with Linux."""
     cores_free: tuple[int, ...]
     """Those of them that no partition has."""
     memory_total_bytes: int
     memory_free_bytes: int
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One finding of `VmandClient.doctor`."""
+
+    subject: str
+    """What was looked at, as a short name: ``cores``, ``memory``, ``kvm`` …"""
+    level: Literal["good", "limited", "missing"]
+    """``good``: as well as it can be. ``limited``: it works, less well. ``missing``: what needs it is refused."""
+    found: str
+    """What this host gives, and why not more."""
+    cure: str = ""
+    """What would change it: a setting, a package, a kernel command line. Empty where nothing would or need."""
 
 
 class VmandClient:
@@ -110,13 +205,13 @@ class VmandClient:
         self._control = control
 
     @classmethod
-    async def connect(cls, socket: Path = DEFAULT_SOCKET, *, timeout_s: float = 5.0) -> Self:
+    async def connect(cls, path: Path = DEFAULT_SOCKET, *, timeout_s: float = 5.0) -> Self:
         """Connect to the control socket.
 
         Raises:
             UnavailableError: nobody listens there, or this user may not open it.
         """
-        return cls(await ControlClient.connect(socket, timeout_s=timeout_s))
+        return cls(await ControlClient.connect(path, timeout_s=timeout_s))
 
     async def __aenter__(self) -> Self:
         return self
@@ -131,49 +226,85 @@ class VmandClient:
         await self._control.close()
 
     async def create_partition(
-        self, *, cores: int, memsize_gb: float, secure: bool = False, mode: Mode = Mode.DEDICATED, name: str = ""
+        self,
+        *,
+        cores: int,
+        memsize_gb: float,
+        secure: bool = False,
+        mode: Mode = Mode.DEDICATED,
+        name: str = "",
+        strict: bool = False,
     ) -> int:
-        """Reserve cores and memory (``memsize_gb`` in GiB, may be a fraction). Returns the partition's id, READY."""
+        """Reserve cores and memory (``memsize_gb`` in GiB, may be a fraction). Returns the partition's id, READY.
+
+        ``strict`` refuses, here and at deploy, what can't have isolated cores.
+        """
         args: dict[str, Any] = {"cores": cores, "memsize": memsize_gb, "secure": secure, "mode": mode.value}
         if name:
             args["name"] = name
+        if strict:
+            args["strict"] = True
         return int(_field(await self._control.call("create-partition", args, timeout_s=60), "id"))
 
     async def deploy(
-        self, partition: int, *, kernel: Path, initrd: Path | None = None, dtb: Path | None = None, cmdline: str = ""
+        self,
+        partition: Which,
+        *,
+        kernel: File,
+        initrd: File | None = None,
+        dtb: File | None = None,
+        cmdline: str = "",
+        disks: Sequence[Disk] = (),
+        nics: Sequence[Nic] = (),
+        vsock: bool = False,
+        agent: bool = False,
     ) -> None:
-        """Load and start a guest in a READY partition; it is DEPLOYED when this returns."""
-        args: dict[str, Any] = {"partition_id": partition, "kernel": str(kernel)}
-        if initrd is not None:
-            args["initrd"] = str(initrd)
-        if dtb is not None:
-            args["dtb"] = str(dtb)
-        if cmdline:
-            args["cmdline"] = cmdline
-        await self._control.call("deploy", args, timeout_s=60)
+        """Load and start a guest in a READY partition; it is DEPLOYED when this returns.
 
-    async def suspend(self, partition: int) -> None:
+        A `File` is an absolute path that vmand opens with this user's rights, or a descriptor that is open here.
+        ``agent``: a virtio-serial port ``org.qemu.guest_agent.0``, on the host a socket in the partition's directory.
+        """
+        args: dict[str, Any] = {"partition_id": partition}
+        fds: list[int] = []
+        for key, file in (("kernel", kernel), ("initrd", initrd), ("dtb", dtb)):
+            if isinstance(file, int):
+                args[key] = len(fds)
+                fds.append(file)
+            elif file is not None:
+                args[key] = str(file)
+        rest = {"cmdline": cmdline, "disks": disks, "nics": nics, "vsock": vsock, "agent": agent}
+        args |= {key: msgspec.to_builtins(one) for key, one in rest.items() if one}
+        await self._control.call("deploy", args, timeout_s=60, fds=fds)
+
+    async def suspend(self, partition: Which) -> None:
         """Stop the guest's CPUs; memory and cores are kept. DEPLOYED -> SUSPENDED."""
         await self._control.call("suspend", {"id": partition})
 
-    async def restore(self, partition: int) -> None:
+    async def restore(self, partition: Which) -> None:
         """Let a suspended guest's CPUs go on. SUSPENDED -> DEPLOYED."""
         await self._control.call("restore", {"id": partition})
 
-    async def reboot(self, partition: int) -> None:
-        """Stop the CPUs by force, load the kernel again, start. DEPLOYED -> DEPLOYED."""
-        await self._control.call("reboot", {"id": partition})
+    async def reboot(self, partition: Which, *, graceful: bool = False, timeout_s: float | None = None) -> None:
+        """Stop the CPUs by force, load the kernel again, start. DEPLOYED -> DEPLOYED.
 
-    async def shutdown(self, partition: int, *, timeout_s: float | None = None, force: bool = False) -> None:
-        """Press the power button until the guest is off or ``timeout_s`` is over, then by force. -> READY."""
+        ``graceful``: the power button first, until the guest is off or ``timeout_s`` is over.
+        """
         args: dict[str, Any] = {"id": partition}
-        if timeout_s is not None:
-            args["timeout_s"] = timeout_s
+        if graceful:
+            args["graceful"] = True
+        await self._control.call("reboot", _with_timeout(args, timeout_s), timeout_s=_patience(timeout_s))
+
+    async def shutdown(self, partition: Which, *, timeout_s: float | None = None, force: bool = False) -> None:
+        """Press the power button until the guest is off or ``timeout_s`` is over, then by force. -> READY.
+
+        ``force`` ends it at once, also where another shutdown is still waiting for the guest.
+        """
+        args: dict[str, Any] = {"id": partition}
         if force:
             args["force"] = True
-        await self._control.call("shutdown", args, timeout_s=(timeout_s or 60) + 30)
+        await self._control.call("shutdown", _with_timeout(args, timeout_s), timeout_s=_patience(timeout_s))
 
-    async def destroy_partition(self, partition: int) -> None:
+    async def destroy_partition(self, partition: Which) -> None:
         """Give cores and memory back; the partition is gone. Refused while DEPLOYED."""
         await self._control.call("destroy-partition", {"id": partition}, timeout_s=60)
 
@@ -181,24 +312,39 @@ class VmandClient:
         """All partitions, by id."""
         return msgspec.convert(await self._control.call("list"), list[Partition], strict=False)
 
-    async def status(self, partition: int) -> Partition:
+    async def status(self, partition: Which) -> Partition:
         """One partition."""
         return msgspec.convert(await self._control.call("status", {"id": partition}), Partition, strict=False)
 
-    async def vcpus(self, partition: int) -> list[Vcpu]:
+    async def vcpus(self, partition: Which) -> list[Vcpu]:
         """The threads that run the guest's CPUs; none where no guest is deployed."""
         return msgspec.convert(await self._control.call("vcpus", {"id": partition}), list[Vcpu])
 
-    async def console(self, partition: int) -> str:
+    async def console(self, partition: Which) -> str:
         """The last console output that vmand holds (bounded)."""
         text = _field(await self._control.call("console", {"id": partition}), "text")
         return str(text)
 
+    async def attach_console(self, partition: Which) -> socket.socket:
+        """The guest's console as a stream: its last output, then what it prints; what is written is typed.
+
+        The socket's end is the end of the guest or of vmand. Closing it touches nothing. It is blocking; the caller's.
+        """
+        _answer, fds = await self._control.call_with_fds("attach-console", {"id": partition})
+        if len(fds) != 1:
+            close_all(fds)
+            raise FailedError(f"vmand sent {len(fds)} descriptors for one console")
+        return socket.socket(fileno=fds[0])
+
     async def capabilities(self) -> Capabilities:
         """What this host can give."""
-        return msgspec.convert(await self._control.call("capabilities"), Capabilities, strict=False)
+        return msgspec.convert(await self._control.call("capabilities", timeout_s=60), Capabilities, strict=False)
 
-    async def subscribe(self, partition: int | None = None, *, console: bool = False) -> str:
+    async def doctor(self) -> list[Check]:
+        """What this host gives and what it doesn't, why, and what would change it."""
+        return msgspec.convert(await self._control.call("doctor", timeout_s=60), list[Check])
+
+    async def subscribe(self, partition: Which | None = None, *, console: bool = False) -> str:
         """Ask for events of one or all partitions on this conversation; read them with `events`.
 
         Returns the console's last output where the console of one partition was asked for: what it prints after that
@@ -213,6 +359,15 @@ class VmandClient:
         """Events as they come, after `subscribe`; ends with `UnavailableError` when vmand goes away."""
         async for _name, data in self._control.events():
             yield msgspec.convert(data, Event, strict=False)
+
+
+def _with_timeout(args: dict[str, Any], timeout_s: float | None) -> dict[str, Any]:
+    return args if timeout_s is None else args | {"timeout_s": timeout_s}
+
+
+def _patience(timeout_s: float | None) -> float:
+    """How long to wait for an answer that comes after the guest's own time: vmand's default is at most an hour."""
+    return (3600 if timeout_s is None else timeout_s) + 60
 
 
 def _field(answer: Any, key: str) -> Any:

@@ -1,6 +1,6 @@
 """The only importer of the compiled extension: C's -errno becomes `OSError`, C's structures become named tuples.
 
-It must not decide anything: what a call means is said in sched.py and sampler.py.
+It must not decide anything: what a call means is said in sched.py, sampler.py and vmanager.py.
 """
 
 import os
@@ -12,6 +12,8 @@ from edgehold._kernel import ffi, lib
 
 # struct eh_schedstat of ext/cdef.h; its size is asserted there.
 _SCHEDSTAT = struct.Struct("=QQQQii")
+# struct vman_event of ext/uapi/vmanager.h; its size is asserted in ext/vmanager.c.
+_VMAN_EVENT = struct.Struct("=IIIIQQ")
 
 
 class RawAttr(NamedTuple):
@@ -121,3 +123,197 @@ class SchedstatBatch:
         data = bytes(ffi.buffer(self._out, count * _SCHEDSTAT.size)) if count else b""
         for executed, delay, slices, time, errno, _reserved in _SCHEDSTAT.iter_unpack(data):
             yield RawSchedstat(executed, delay, slices, time, errno)
+
+
+def set_mempolicy(mode: int, node: int | None) -> None:
+    """Set the calling thread's memory policy, with one node or none (set_mempolicy(2)). Raises `OSError`."""
+    if (result := lib.eh_set_mempolicy(mode, -1 if node is None else node)) < 0:
+        raise _fail("set_mempolicy", 0, -result)
+
+
+# /dev/vmanager (ext/uapi/vmanager.h). A mask of cores is an integer with bit N set for core N.
+
+
+class RawVmanInfo(NamedTuple):
+    """struct vman_info without its size. Memory in bytes."""
+
+    abi: int
+    caps: int
+    cpu_possible: int
+    mem_total: int
+    mem_free: int
+    mem_align: int
+    max_partitions: int
+    num_partitions: int
+    fw_version: int
+    backend: int
+
+
+class RawVmanCreated(NamedTuple):
+    """The results in struct vman_create."""
+
+    id: int
+    fd: int
+    """The caller's from now on; -1 where none was asked for."""
+    cpu_mask: int
+    mem_base: int
+
+
+class RawVmanImage(NamedTuple):
+    """struct vman_image, one that is present. Bytes; 0: to the file's end, an address of the driver's choice."""
+
+    fd: int
+    offset: int = 0
+    length: int = 0
+    load_addr: int = 0
+
+
+class RawVmanStatus(NamedTuple):
+    """struct vman_status without its size. Memory in bytes, times in nanoseconds."""
+
+    id: int
+    state: int
+    last_error: int
+    flags: int
+    memsize: int
+    mem_base: int
+    cpu_mask: int
+    boot_count: int
+    deployed_ns: int
+    generation: int
+    name: bytes
+    uuid: bytes
+    fw_code: int
+
+
+class RawVmanEvent(NamedTuple):
+    """struct vman_event without its size."""
+
+    id: int
+    old_state: int
+    new_state: int
+    generation: int
+    time_ns: int
+
+
+def vman_constant(name: str) -> int:
+    """A constant of the header by its name without ``VMAN_``, ioctl numbers included."""
+    return int(getattr(lib, f"VMAN_{name}"))
+
+
+def _vman_check(name: str, result: int) -> int:
+    if result < 0:
+        raise OSError(-result, f"VMAN_{name}: {os.strerror(-result)}")
+    return result
+
+
+def _from_words(words: Any) -> int:
+    return sum(int(word) << 64 * at for at, word in enumerate(words))
+
+
+def vman_info(fd: int) -> RawVmanInfo:
+    """VMAN_GET_INFO. This and the following raise `OSError` with the call's name in its text, and release the GIL."""
+    raw = ffi.new("struct vman_info *")
+    _vman_check("GET_INFO", lib.eh_vman_info(fd, raw))
+    return RawVmanInfo(
+        raw.abi,
+        raw.caps,
+        _from_words(raw.cpu_possible),
+        raw.mem_total,
+        raw.mem_free,
+        raw.mem_align,
+        raw.max_partitions,
+        raw.num_partitions,
+        raw.fw_version,
+        raw.backend,
+    )
+
+
+def vman_create(
+    fd: int, *, partition: int, uuid: bytes, name: bytes, flags: int, memsize: int, cpu_mask: int, ncpus: int
+) -> RawVmanCreated:
+    """VMAN_CREATE."""
+    raw = ffi.new("struct vman_create *")
+    raw.id, raw.flags, raw.memsize, raw.ncpus = partition, flags, memsize, ncpus
+    raw.uuid, raw.name = uuid, name
+    raw.cpu_mask = [cpu_mask >> 64 * at & (1 << 64) - 1 for at in range(len(raw.cpu_mask))]
+    _vman_check("CREATE", lib.eh_vman_create(fd, raw))
+    return RawVmanCreated(raw.id, raw.fd, _from_words(raw.cpu_mask), raw.mem_base)
+
+
+def vman_destroy(fd: int, partition: int) -> None:
+    """VMAN_DESTROY."""
+    _vman_check("DESTROY", lib.eh_vman_destroy(fd, partition))
+
+
+def vman_open(fd: int, partition: int) -> int:
+    """VMAN_OPEN: the partition's descriptor, the caller's from now on."""
+    return _vman_check("OPEN", lib.eh_vman_open(fd, partition))
+
+
+def vman_next(fd: int, partition: int) -> int:
+    """VMAN_NEXT: the smallest id that exists above this one; ENOENT where there is none."""
+    raw = ffi.new("uint32_t *", partition)
+    _vman_check("NEXT", lib.eh_vman_next(fd, raw))
+    return int(raw[0])
+
+
+def vman_deploy(fd: int, *, images: list[RawVmanImage | None], cmdline: bytes, flags: int, timeout_ms: int) -> None:
+    """VMAN_DEPLOY; images in the order of the header's VMAN_IMG_*."""
+    raw = ffi.new("struct vman_deploy *")
+    raw.flags, raw.timeout_ms = flags, timeout_ms
+    for at, image in enumerate(images):
+        if image is not None:
+            slot = raw.img[at]
+            slot.fd, slot.offset, slot.len, slot.load_addr = image
+            slot.flags = vman_constant("IMAGE_PRESENT")
+    text = ffi.new("char[]", cmdline)  # has to live as long as the call
+    if cmdline:
+        raw.cmdline_ptr, raw.cmdline_len = int(ffi.cast("uintptr_t", text)), len(cmdline)
+    _vman_check("DEPLOY", lib.eh_vman_deploy(fd, raw))
+
+
+def vman_ctl(fd: int, name: str, *, flags: int = 0, timeout_ms: int = 0) -> int:
+    """One of VMAN_SHUTDOWN, REBOOT, SUSPEND, RESTORE, SCRUB, named so; the state after it."""
+    state = ffi.new("uint32_t *")
+    _vman_check(name, lib.eh_vman_ctl(fd, vman_constant(name), flags, timeout_ms, state))
+    return int(state[0])
+
+
+def vman_status(fd: int) -> RawVmanStatus:
+    """VMAN_STATUS."""
+    raw = ffi.new("struct vman_status *")
+    _vman_check("STATUS", lib.eh_vman_status(fd, raw))
+    return RawVmanStatus(
+        raw.id,
+        raw.state,
+        raw.last_error,
+        raw.flags,
+        raw.memsize,
+        raw.mem_base,
+        _from_words(raw.cpu_mask),
+        raw.boot_count,
+        raw.deployed_ns,
+        raw.generation,
+        ffi.string(raw.name),
+        bytes(raw.uuid),
+        raw.fw_code,
+    )
+
+
+def vman_events(data: bytes) -> Iterator[RawVmanEvent]:
+    """The events that one read(2) gave. Steps by each one's own size, which a newer driver may have made larger.
+
+    Raises:
+        ValueError: the bytes are not whole events.
+    """
+    at = 0
+    while at < len(data):
+        try:
+            size, *fields = _VMAN_EVENT.unpack_from(data, at)
+        except struct.error:
+            size = 0
+        if not _VMAN_EVENT.size <= size <= len(data) - at:
+            raise ValueError(f"{len(data)} bytes of events from /dev/vmanager are no whole events")
+        yield RawVmanEvent(*fields)
+        at += size

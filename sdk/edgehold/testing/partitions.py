@@ -2,13 +2,14 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgehold.api.vmand import VmandClient
+from edgehold.api.vmand import State, VmandClient
 from edgehold.testing.daemons import Daemon, private_directory
 
 _MEMORY = Path("/dev/shm")  # noqa: S108 - the tmpfs that every host has; a directory of our own below it
@@ -24,6 +25,7 @@ class PrivateVmand(Daemon):
         settings: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
+        directory.chmod(0o711)  # QEMU of another user walks through it
         self.runtime = directory / "run"
         self.memory = _MEMORY / directory.name
         super().__init__(
@@ -34,6 +36,11 @@ class PrivateVmand(Daemon):
                 "state_dir": str(directory / "state"),
                 "memory_dir": str(self.memory),
                 "launcher": "process",
+                # Users of its own: what a uid of a partition runs is ended with the partition.
+                "uid_first": 1_900_000_000 + 1024 * secrets.randbelow(200_000),
+                # A host's interrupts and huge pages are not a test's, unless it says so.
+                "steer": False,
+                "hugepages": False,
                 **(settings or {}),
             },
             environment=environment,
@@ -108,6 +115,6 @@ async def destroy_all(vmand: PrivateVmand) -> None:
     """End every guest by force and give everything back."""
     async with await vmand.client() as client:
         for one in await client.list_partitions():
-            if one.state.value == "DEPLOYED":
+            if one.state is not State.READY:
                 await client.shutdown(one.id, force=True)
             await client.destroy_partition(one.id)

@@ -1,7 +1,8 @@
-"""The control socket: JSON lines over a unix socket, server and client.
+"""The control socket: JSON lines and descriptors over a unix socket, server and client.
 
 The server answers in order what has no id, and concurrently what has one; it bounds everything that a peer could make
-it hold: the line, the depth, the requests under way, the bytes not read, the connections. It must not know any command.
+it hold: the line, the depth, the requests under way, descriptors, the bytes not read, the connections. It must not know
+any command.
 """
 
 import asyncio
@@ -13,11 +14,21 @@ import os
 import socket
 import stat
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from edgehold.errors import BadRequestError, DeniedError, EdgeholdError, TimedOutError, UnavailableError, from_wire
+from edgehold.errors import (
+    BadRequestError,
+    DeniedError,
+    EdgeholdError,
+    NoCapacityError,
+    TimedOutError,
+    UnavailableError,
+    from_wire,
+)
 from edgehold.wire.jsonlines import (
     MAX_LINE_BYTES,
     RefusedRequest,
@@ -30,6 +41,7 @@ from edgehold.wire.jsonlines import (
     encode_return,
 )
 from edgehold.wire.peer import Peer, Role, Roles, peer_of, require
+from edgehold.wire.stream import MAX_FDS, LineStream, close_all
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +51,24 @@ MAX_CONNECTIONS_OF_A_USER = 24
 MAX_INFLIGHT = 16
 # What a peer has not read yet. A reader that is slower than this is cut off, so that it holds no memory of ours.
 MAX_UNREAD_BYTES = 1024 * 1024
+MAX_UNREAD_FDS = 64
+# The descriptors of all requests under way, far from the 1024 that a process has where nobody gave it more.
+MAX_HELD_FDS = 256
 MAX_EVENTS_UNREAD = 10_000
+# No descriptor or memory for another connection (accept(2)): try again after this, as asyncio's own server does.
+_ACCEPT_PAUSE_S = 1.0
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+# Somebody listens, and his backlog is full (EAGAIN of connect(2)): nothing tells when there is room.
+_BACKLOG_PAUSE_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a handler returns to send descriptors with its answer: the server closes them, whatever happens."""
+
+    value: Any
+    fds: tuple[int, ...] = ()
+
 
 Handler = Callable[["Connection", Request], Awaitable[Any]]
 
@@ -47,28 +76,40 @@ Handler = Callable[["Connection", Request], Awaitable[Any]]
 class Connection:
     """One peer of the server: who it is, what it may do, and a way to send it events."""
 
-    def __init__(self, writer: asyncio.StreamWriter, peer: Peer, role: Role) -> None:
-        self._writer = writer
+    def __init__(self, stream: LineStream, peer: Peer, role: Role) -> None:
+        self._stream = stream
         self.peer = peer
         self.role = role
         self.on_close: list[Callable[[], None]] = []
 
     def send_event(self, name: str, data: Any) -> None:
         """Queue an event; a peer that does not read is cut off instead of being waited for."""
-        self._send(encode_event(name, data))
+        self.send(encode_event(name, data))
 
-    def _send(self, line: bytes) -> None:
-        if self._writer.transport.get_write_buffer_size() + len(line) > MAX_UNREAD_BYTES:
+    def send(self, line: bytes, fds: Sequence[int] = ()) -> None:
+        """Queue a line; the descriptors stay the caller's, who may close them at once.
+
+        Raises:
+            ValueError, OSError: as `LineStream.send`; never without descriptors.
+        """
+        stream = self._stream
+        if stream.unsent_bytes + len(line) > MAX_UNREAD_BYTES or (
+            fds and stream.unsent_fds + len(fds) > MAX_UNREAD_FDS
+        ):
             log.warning("cutting off a peer that does not read", extra={"peer": str(self.peer)})
-            self._writer.transport.abort()
-        elif not self._writer.is_closing():
-            self._writer.write(line)
+            stream.close()
+        else:
+            stream.send(line, fds)
 
     async def reply(self, line: bytes) -> None:
         """Send an answer, and wait while the peer has much to read: its next request then waits, not our memory."""
-        self._send(line)
-        with contextlib.suppress(ConnectionError):
-            await self._writer.drain()
+        self.send(line)
+        await self.drain()
+
+    async def drain(self) -> None:
+        """Wait while the peer has much to read; at once where it is gone."""
+        if self._stream.unsent_bytes:
+            await self._stream.drain()
 
 
 class ControlServer:
@@ -77,47 +118,75 @@ class ControlServer:
     def __init__(self, handler: Handler, *, roles: Roles) -> None:
         self._handler = handler
         self._roles = roles
-        self._servers: list[asyncio.Server] = []
+        self._listeners: list[socket.socket] = []
         self._serving: dict[asyncio.Task[None], int] = {}
+        self._held_fds = 0
         self._told_full = False
 
     async def listen(self, listener: socket.socket) -> None:
         """Accept on a bound and listening socket; this object owns it from now on."""
         listener.setblocking(False)
-        self._servers.append(await asyncio.start_unix_server(self._accept, sock=listener, limit=MAX_LINE_BYTES))
+        self._listeners.append(listener)
+        self._accept_on(listener)
 
     async def close(self) -> None:
         """Stop accepting, end every conversation, wait for the requests under way to be cancelled."""
-        for server in self._servers:
-            server.close()
+        for listener in self._listeners:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
+        self._listeners.clear()
         for task in list(self._serving):
             task.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is None:  # pragma: no cover - a coroutine always runs in a task
+    def _accept_on(self, listener: socket.socket) -> None:
+        if listener in self._listeners:  # close() may have come during the pause
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            sock, _address = listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
-        peer = peer_of(writer.get_extra_info("socket"))
+        except OSError as error:
+            if error.errno not in _EXHAUSTED:
+                raise
+            log.warning("can't accept a connection: %s; trying again in %g s", error.strerror, _ACCEPT_PAUSE_S)
+            loop.remove_reader(listener)
+            loop.call_later(_ACCEPT_PAUSE_S, self._accept_on, listener)
+            return
+        try:
+            peer = peer_of(sock)
+            role = self._roles.role_of(peer)
+        except BaseException:
+            sock.close()
+            raise
         if self._is_full(peer):
-            writer.transport.abort()
+            sock.close()
             return
+        no_fds = "" if role >= Role.OPERATE else "descriptors need the role operate"
+        stream = LineStream(sock, limit=MAX_LINE_BYTES, no_fds=no_fds)
+        connection = Connection(stream, peer, role)
+        task = loop.create_task(self._serve(connection, stream), name=f"control connection of {peer}")
         self._serving[task] = peer.uid
-        connection = Connection(writer, peer, self._roles.role_of(peer))
+        # Not in the task: one that is cancelled before its first step runs none of its code.
+        task.add_done_callback(partial(self._end, connection, stream))
+
+    async def _serve(self, connection: Connection, stream: LineStream) -> None:
         try:
             require(connection.role, Role.READ, "a conversation")  # whoever may do nothing must not hold a connection
-            await self._converse(connection, reader)
+            await self._converse(connection, stream)
         except EdgeholdError as error:
             await connection.reply(encode_error(error, None))
-        except asyncio.CancelledError:
-            pass  # close(): the conversation ends here, quietly
-        finally:
-            self._serving.pop(task, None)
-            for callback in connection.on_close:
-                callback()
-            if writer.transport.get_write_buffer_size():
-                writer.transport.abort()  # it does not read: nothing to wait for
-            writer.close()
+
+    def _end(self, connection: Connection, stream: LineStream, task: asyncio.Task[None]) -> None:
+        self._serving.pop(task, None)
+        stream.close()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a bug: a conversation failed", exc_info=error, extra={"peer": str(connection.peer)})
+        for callback in connection.on_close:
+            callback()
 
     def _is_full(self, peer: Peer) -> bool:
         """No user may take all connections from the others; root gets in when the rest is taken."""
@@ -129,41 +198,74 @@ class ControlServer:
         self._told_full = full
         return full
 
-    async def _converse(self, connection: Connection, reader: asyncio.StreamReader) -> None:
+    async def _converse(self, connection: Connection, stream: LineStream) -> None:
         slots = asyncio.Semaphore(MAX_INFLIGHT)
         async with asyncio.TaskGroup() as group:
             while True:
                 try:
-                    line = await reader.readuntil(b"\n")
-                except (asyncio.IncompleteReadError, ConnectionError):
-                    break  # the peer went away, its right; half a line is nobody's request
-                except asyncio.LimitOverrunError:
-                    error = BadRequestError(f"the line is longer than {MAX_LINE_BYTES} bytes; the connection ends here")
+                    came = await stream.readline()
+                except EdgeholdError as error:  # what can't be read ends the connection, with a reason
                     await connection.reply(encode_error(error, None))
                     break
+                if came is None:
+                    break  # the peer went away, its right; half a line is nobody's request
+                line, fds = came
                 try:
-                    request = decode_request(line)
+                    request = decode_request(line, fds)
+                    held = self._hold(request)
                 except RefusedRequest as refused:
+                    close_all(fds)
                     await connection.reply(encode_error(refused.error, refused.id))
                     continue
-                await slots.acquire()
-                work = self._answer(connection, request, slots)
+                try:
+                    await slots.acquire()
+                except asyncio.CancelledError:
+                    self._release(held)
+                    raise
+                work = self._answer(connection, request, held, slots)
                 if request.id is None:
                     await work
                 else:
-                    group.create_task(work)
+                    task = group.create_task(work)
+                    if held:  # a task that is cancelled before its first step runs none of its code
+                        task.add_done_callback(partial(self._release, held))
 
-    async def _answer(self, connection: Connection, request: Request, slots: asyncio.Semaphore) -> None:
+    async def _answer(
+        self, connection: Connection, request: Request, held: list[int], slots: asyncio.Semaphore
+    ) -> None:
+        passed: tuple[int, ...] = ()
         try:
-            line = encode_return(await self._handler(connection, request), request.id)
+            answer = await self._handler(connection, request)
+            if isinstance(answer, Answer):
+                answer, passed = answer.value, answer.fds
+            connection.send(encode_return(answer, request.id), passed)
         except EdgeholdError as error:
-            line = encode_error(error, request.id)
+            connection.send(encode_error(error, request.id))
         except Exception:  # the connection is a boundary: a bug in one request must not end the others
             log.exception("a bug: %s failed", request.command, extra={"peer": str(connection.peer)})
-            line = encode_error(EdgeholdError("internal error; the daemon's journal has the details"), request.id)
+            internal = EdgeholdError("internal error; the daemon's journal has the details")
+            connection.send(encode_error(internal, request.id))
         finally:
+            close_all(passed)
+            self._release(held)
             slots.release()
-        await connection.reply(line)
+        await connection.drain()
+
+    def _hold(self, request: Request) -> list[int]:
+        """The request's descriptors, to be released once; they count until then."""
+        if not request.fds:
+            return []
+        if self._held_fds + len(request.fds) > MAX_HELD_FDS:
+            text = f"requests under way hold {self._held_fds} descriptors, and {MAX_HELD_FDS} is the most; try again"
+            raise RefusedRequest(NoCapacityError(text), request.id)
+        self._held_fds += len(request.fds)
+        return list(request.fds)
+
+    def _release(self, held: list[int], _task: asyncio.Task[None] | None = None) -> None:
+        """Close them; does nothing the second time."""
+        self._held_fds -= len(held)
+        close_all(held)
+        held.clear()
 
 
 def bind_unix(path: Path, *, mode: int = 0o660, gid: int | None = None) -> socket.socket:
@@ -200,15 +302,24 @@ def bind_unix(path: Path, *, mode: int = 0o660, gid: int | None = None) -> socke
     return listener
 
 
+class _Call:
+    """A request that waits for its answer, and the descriptors that came with that until somebody takes them."""
+
+    __slots__ = ("answer", "fds")
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.fds: tuple[int, ...] = ()
+
+
 class ControlClient:
     """An open conversation with a `ControlServer`. Requests may overlap; events are queued for `events`."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, socket_path: Path) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, stream: LineStream, socket_path: Path) -> None:
+        self._stream = stream
         self._path = socket_path
         self._ids = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._waiting: dict[int, _Call] = {}
         self._events: deque[tuple[str, Any]] = deque()
         self._event = asyncio.Event()
         self._gone: EdgeholdError | None = None
@@ -224,8 +335,7 @@ class ControlClient:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                # An answer may be longer than a request: a list of all partitions is one line.
-                reader, writer = await asyncio.open_unix_connection(str(path), limit=64 * MAX_LINE_BYTES)
+                sock = await _connected(path)
         except PermissionError as error:
             raise DeniedError(
                 f"{path}: this user may not connect; run it as root or join a group with a role"
@@ -233,35 +343,48 @@ class ControlClient:
         except (OSError, TimeoutError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise UnavailableError(f"{path}: {reason}; is the daemon running?") from error
-        return cls(reader, writer, path)
+        # An answer may be longer than a request: a list of all partitions is one line.
+        return cls(LineStream(sock, limit=64 * MAX_LINE_BYTES), path)
 
-    async def call(self, command: str, args: dict[str, Any] | None = None, *, timeout_s: float = 30.0) -> Any:
-        """Send one request and return what its answer holds.
+    async def call(
+        self, command: str, args: dict[str, Any] | None = None, *, timeout_s: float = 30.0, fds: Sequence[int] = ()
+    ) -> Any:
+        """Send one request and return what its answer holds. The descriptors stay the caller's.
 
         Raises:
             EdgeholdError: as the server answered.
+            BadRequestError: the request is too long, or a descriptor can't be sent.
             TimedOutError: no answer within ``timeout_s`` seconds; the request may still be carried out.
             UnavailableError: the conversation is over.
         """
+        value, came = await self.call_with_fds(command, args, timeout_s=timeout_s, fds=fds)
+        close_all(came)
+        return value
+
+    async def call_with_fds(
+        self, command: str, args: dict[str, Any] | None = None, *, timeout_s: float = 30.0, fds: Sequence[int] = ()
+    ) -> tuple[Any, list[int]]:
+        """As `call`, with the descriptors that came with the answer: the caller owns and closes them."""
         if self._gone is not None:
             raise self._gone
         one = next(self._ids)
         line = encode_request(Request(command, args or {}, one))
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._waiting[one] = future
+        waiting = self._waiting[one] = _Call()
         try:
             async with asyncio.timeout(timeout_s):
-                self._writer.write(line)
-                with contextlib.suppress(ConnectionError):  # the reader's end says why
-                    await self._writer.drain()
-                answer = await future
+                self._send(line, fds)
+                if self._stream.unsent_bytes:
+                    await self._stream.drain()
+                answer = await waiting.answer
+            if "error" in answer:
+                raise from_wire(answer["error"])
+            came, waiting.fds = list(waiting.fds), ()
+            return answer["return"], came
         except TimeoutError:
             raise TimedOutError(f"{self._path}: no answer to {command} within {timeout_s:g} s") from None
         finally:
             self._waiting.pop(one, None)
-        if "error" in answer:
-            raise from_wire(answer["error"])
-        return answer["return"]
+            close_all(waiting.fds)
 
     async def events(self) -> AsyncIterator[tuple[str, Any]]:
         """(name, data) of each event, in order; raises `UnavailableError` when the server goes away."""
@@ -278,30 +401,56 @@ class ControlClient:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
-        self._writer.close()
-        with contextlib.suppress(ConnectionError):
-            await self._writer.wait_closed()
+        self._stream.close()
+
+    def _send(self, line: bytes, fds: Sequence[int]) -> None:
+        if len(fds) > MAX_FDS:
+            raise BadRequestError(f"fds: {len(fds)} descriptors; {MAX_FDS} may go with one request")
+        try:
+            self._stream.send(line, fds)
+        except OSError as error:
+            raise BadRequestError(f"fds: can't send the descriptors {list(fds)}: {error.strerror}") from error
 
     async def _read(self) -> None:
         reason = "the daemon closed the connection"
         try:
-            while line := await self._reader.readline():
-                answer = decode_answer(line)
-                if "event" in answer:
-                    if len(self._events) >= MAX_EVENTS_UNREAD:
-                        reason = f"{MAX_EVENTS_UNREAD} events came that nobody read"
-                        break
-                    self._events.append((str(answer["event"]), answer.get("data")))
-                    self._event.set()
-                elif (future := self._waiting.get(answer.get("id", 0))) is not None and not future.done():
-                    future.set_result(answer)
-                elif answer.get("id") is None and "error" in answer:
-                    reason = from_wire(answer["error"]).message
-        except (ConnectionError, ValueError, BadRequestError) as error:
-            reason = str(error) or type(error).__name__
+            while (came := await self._stream.readline()) is not None:
+                line, fds = came
+                try:
+                    answer = decode_answer(line)
+                    if "event" in answer:
+                        if len(self._events) >= MAX_EVENTS_UNREAD:
+                            reason = f"{MAX_EVENTS_UNREAD} events came that nobody read"
+                            break
+                        self._events.append((str(answer["event"]), answer.get("data")))
+                        self._event.set()
+                    elif (waiting := self._waiting.get(answer.get("id", 0))) is not None and not waiting.answer.done():
+                        waiting.fds, fds = fds, ()
+                        waiting.answer.set_result(answer)
+                    elif answer.get("id") is None and "error" in answer:
+                        reason = from_wire(answer["error"]).message
+                finally:
+                    close_all(fds)  # those that nobody asked for
+        except BadRequestError as error:
+            reason = str(error)
         finally:
             self._gone = UnavailableError(f"{self._path}: {reason}")
             self._event.set()
-            for future in self._waiting.values():
-                if not future.done():
-                    future.set_exception(self._gone)
+            for waiting in self._waiting.values():
+                if not waiting.answer.done():
+                    waiting.answer.set_exception(self._gone)
+
+
+async def _connected(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        while True:
+            try:
+                sock.connect(str(path))
+            except BlockingIOError:  # never EINPROGRESS on a unix socket
+                await asyncio.sleep(_BACKLOG_PAUSE_S)
+            else:
+                return sock
+    except BaseException:
+        sock.close()
+        raise

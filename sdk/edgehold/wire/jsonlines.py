@@ -3,6 +3,8 @@
 request  ``{"command": NAME, "args": {…}, "id": N}``   args and id may be left out
 answer   ``{"return": …, "id": N}`` or ``{"error": {"code", "message", "retryable"}, "id": N}``
 event    ``{"event": NAME, "data": {…}}``
+
+Descriptors travel beside the line that they belong to; an argument that means one is its index among them.
 """
 
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ class Request:
     command: str
     args: dict[str, Any] = field(default_factory=dict)
     id: RequestId = None
+    fds: tuple[int, ...] = ()
+    """The descriptors that came with it. The server closes them when the handler is done: what is kept is a dup(2)."""
 
 
 def _depth(value: Any, limit: int) -> None:
@@ -66,8 +70,8 @@ def request_id(value: dict[str, Any]) -> RequestId:
     raise BadRequestError(f"id: a whole number or a text of at most {MAX_ID} characters")
 
 
-def decode_request(line: bytes) -> Request:
-    """Read one request.
+def decode_request(line: bytes, fds: tuple[int, ...] = ()) -> Request:
+    """Read one request; ``fds`` came with its line.
 
     Raises:
         RefusedRequest: it is not well-formed; the text names the field, the id is kept where it could be read.
@@ -87,7 +91,7 @@ def decode_request(line: bytes) -> Request:
             raise BadRequestError(f"{unknown[0][:MAX_NAME]}: unknown field; a request has command, args and id")
     except BadRequestError as error:
         raise RefusedRequest(error, one) from None
-    return Request(command, args, one)
+    return Request(command, args, one, fds)
 
 
 class RefusedRequest(Exception):  # noqa: N818 - it is an answer, not a failure
@@ -100,7 +104,11 @@ class RefusedRequest(Exception):  # noqa: N818 - it is an answer, not a failure
 
 
 def encode_request(request: Request) -> bytes:
-    """One request as a line. Raises `BadRequestError` where it would be longer than a peer accepts."""
+    """One request as a line; its descriptors are the sender's business.
+
+    Raises:
+        BadRequestError: the line would be longer than a peer accepts.
+    """
     message: dict[str, Any] = {"command": request.command}
     if request.args:
         message["args"] = request.args
