@@ -11,7 +11,7 @@ APT_BUILD := gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross python3-d
 APT_RUN := qemu-system-x86 qemu-system-arm qemu-utils device-tree-compiler iproute2
 APT_LINT := shellcheck
 APT_PEER := libvirt-daemon-system libvirt-clients python3-libvirt
-SOURCES := ext/build_kernel.py $(wildcard ext/*.c ext/*.h)
+SOURCES := ext/build_kernel.py $(wildcard ext/*.c ext/*.h ext/uapi/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-unit test-integration lint fmt bench bench-peer bench-isolation ext guest testkernel setup clean
@@ -19,7 +19,7 @@ SOURCES := ext/build_kernel.py $(wildcard ext/*.c ext/*.h)
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-demo: setup guest ## boot a guest whose vCPU's reservation sizes itself; writes build/demo/report.html
+demo: setup build/guest/amd64/initramfs.gz ## boot a guest whose vCPU's reservation sizes itself; writes build/demo/report.html
 	$(BIN)/python -m demo
 
 test: setup guest testkernel lint test-unit test-integration ## everything that CI runs
@@ -82,9 +82,9 @@ build/.apt-build build/.venv: | build
 build:
 	@mkdir -p build
 
-$(GUESTS) &: $(wildcard images/guest/*) images/apt.sh | build/.apt-build
-	@images/guest/build.sh
-	@touch $(GUESTS)
+$(GUESTS): build/guest/%/initramfs.gz: $(wildcard images/guest/*) images/apt.sh | build/.apt-build
+	@ARCH=$* images/guest/build.sh
+	@touch $@
 
 $(TESTKERNEL): $(wildcard images/testkernel/*) images/apt.sh | build/.apt-build
 	@images/testkernel/build.sh

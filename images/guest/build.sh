@@ -27,7 +27,7 @@ label=guest
 arch=$ARCH
 out=$build/guest
 link=$build/guest/$arch
-sources=("$here/build.sh" "$here/../apt.sh" "$here/init.c" "$here/job.c")
+sources=("$here/build.sh" "$here/../apt.sh" "$here/init.c" "$here/job.c" "$here/hog.c")
 results=(vmlinuz initramfs.gz)
 
 # Everything that depends on the architecture.
@@ -86,9 +86,10 @@ build() {
     mkdir -p "$root"/{bin,dev,etc,proc,root,sbin,sys,tmp} "$root/lib/modules/$release"
     compile init.c "$root/init"
     compile job.c "$root/sbin/edgehold-job"
+    compile hog.c "$root/sbin/edgehold-hog"
     install_busybox "$root"
     install_modules "$tree" "$root" "$release"
-    pack_initramfs "$root" "$result/initramfs.gz" init sbin/edgehold-job bin/busybox
+    pack_initramfs "$root" "$result/initramfs.gz" init sbin/edgehold-job sbin/edgehold-hog bin/busybox
     cp "$work/kernel/boot/vmlinuz-$release" "$result/vmlinuz"
     chmod 644 "$result"/*
 }

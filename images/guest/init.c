@@ -5,7 +5,8 @@
  * A program and not a shell script, because under emulation every fork counts, and because the power button must have
  * a reader before the "up" line: a press that nobody reads is lost. It polls nothing: without a job the guest is idle.
  *
- * Kernel command line (see README.md): edgehold.job_ms, edgehold.period_ms, edgehold.panic_s, edgehold.shell
+ * Kernel command line (see README.md): edgehold.job_ms, edgehold.period_ms, edgehold.panic_s, edgehold.shell,
+ * edgehold.hog
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -284,6 +285,19 @@ static void start_job(void)
 	job_pid = spawn(NULL, argv);
 }
 
+/* A guest that attacks its neighbours: see hog.c. */
+static void start_hog(void)
+{
+	const char *kind = option("edgehold.hog");
+	char what[64];
+	char *const argv[] = {"/sbin/edgehold-hog", what, NULL};
+
+	if (!kind)
+		return;
+	snprintf(what, sizeof(what), "%s", kind);
+	spawn(NULL, argv);
+}
+
 static void reap(void)
 {
 	int status;
@@ -419,6 +433,7 @@ int main(void)
 	    (long long)up.tv_nsec / 100000000, sysconf(_SC_NPROCESSORS_ONLN));
 	panic_timer = open_panic_timer();
 	start_job();
+	start_hog();
 	start_shells();
 
 	fds[buttons] = (struct pollfd){.fd = signals, .events = POLLIN};

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import re
+import socket
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -264,17 +265,22 @@ async def test_an_arm64_guest_has_its_disks_in_order(place: Path) -> None:
             assert await terminal.run("cat /sys/class/virtio-ports/*/name") == "org.qemu.guest_agent.0"
 
 
-async def test_vsock_is_the_kernels_word() -> None:
+async def test_a_guest_answers_at_its_vsock_address() -> None:
     need_root()
     if not os.path.exists(devices.VHOST_VSOCK):  # noqa: ASYNC240, PTH110 - a constant
         pytest.skip(f"no {devices.VHOST_VSOCK}: this host's kernel has no vhost_vsock")
     async with private_vmand() as vmand, await vmand.client() as client:
         partition = await deployed(client, vsock=True)
-        assert (await client.status(partition)).vsock_cid == devices.FIRST_CID
+        cid = (await client.status(partition)).vsock_cid
+        assert cid == devices.FIRST_CID
         async with attached(client, partition) as terminal:
             await terminal.expect("guest# ", timeout_s=BOOT_S)
             found = await terminal.run("cat /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio*/device")
             assert found == "0x0013"
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as caller:
+            caller.settimeout(ANSWER_S)
+            with pytest.raises(ConnectionResetError):  # by the guest's kernel: nobody listens there
+                caller.connect((cid, 1234))
 
 
 async def test_block_devices_of_the_host(place: Path) -> None:

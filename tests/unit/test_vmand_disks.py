@@ -14,7 +14,6 @@ import pytest
 
 from edgehold.api.vmand import Disk
 from edgehold.errors import BadRequestError, BadStateError, DeniedError, UnsupportedError
-from edgehold.testing.capability import need_root
 from edgehold.wire.peer import Peer
 from vmand.backend import disks, qcow2
 from vmand.model import OpenDisk
@@ -46,7 +45,6 @@ def flags(disk: OpenDisk) -> int:
 
 
 def test_disks_are_open_for_what_they_are_used_for(tmp_path: Path) -> None:
-    need_root()
     one, two = file(tmp_path / "one"), file(tmp_path / "two")
     wanted = (Disk(path=str(one)), Disk(path=str(two), readonly=True))
     with disks.opened(wanted, limit=2, peer=ROOT) as made:
@@ -60,7 +58,6 @@ def test_disks_are_open_for_what_they_are_used_for(tmp_path: Path) -> None:
 
 
 def test_bad_disks_are_named_with_the_cure(tmp_path: Path) -> None:
-    need_root()
     good = Disk(path=str(file(tmp_path / "good")))
     with pytest.raises(BadRequestError, match="disks: 2 are more than the 1 that the settings allow"):
         refused(good, good, limit=1)
@@ -80,14 +77,12 @@ def test_bad_disks_are_named_with_the_cure(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("readonly", [False, True])
 def test_a_raw_disk_that_a_guest_made_look_like_qcow2(tmp_path: Path, *, readonly: bool) -> None:
-    need_root()
     path = file(tmp_path / "disk", head=qcow2.MAGIC)
     with pytest.raises(BadRequestError, match=r"given as raw and begins like a qcow2 image; give the format qcow2"):
         refused(Disk(path=str(path), readonly=readonly))
 
 
 def test_the_header_of_a_qcow2_image_is_checked(tmp_path: Path) -> None:
-    need_root()
     head = qcow2.MAGIC + struct.pack(">IQI", 3, 512, 9)  # a backing file's name of 9 bytes at 512
     path = file(tmp_path / "image", head=head)
     with pytest.raises(BadRequestError, match=r"disks\[0\]: .*image: the qcow2 image has a backing file"):
@@ -95,7 +90,6 @@ def test_the_header_of_a_qcow2_image_is_checked(tmp_path: Path) -> None:
 
 
 def test_one_guest_writes_or_several_read(tmp_path: Path) -> None:
-    need_root()
     path = str(file(tmp_path / "disk"))
     writes, reads = Disk(path=path), Disk(path=path, readonly=True)
     for pair in ((writes, writes), (writes, reads), (reads, writes)):
@@ -111,7 +105,6 @@ def test_one_guest_writes_or_several_read(tmp_path: Path) -> None:
 
 def test_the_lock_lives_as_long_as_the_last_that_has_the_file(tmp_path: Path) -> None:
     """As QEMU has it after vmand has died."""
-    need_root()
     wanted = Disk(path=str(file(tmp_path / "disk")))
     with disks.opened((wanted,), limit=1, peer=ROOT) as (made,):
         other = subprocess.Popen(
@@ -127,7 +120,6 @@ def test_the_lock_lives_as_long_as_the_last_that_has_the_file(tmp_path: Path) ->
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    need_root()
 
     def none(_fd: int, _command: int, _argument: bytes) -> bytes:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -140,7 +132,6 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def public() -> Iterator[Path]:
     """A directory that everybody may search, unlike pytest's own."""
-    need_root()
     if not all(Path(one).stat().st_mode & 0o001 for one in ("/", "/tmp")):
         pytest.skip("the root directory here is closed to other users: no caller but root can name any file")
     with tempfile.TemporaryDirectory(dir="/tmp") as name:

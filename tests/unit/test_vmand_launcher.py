@@ -265,14 +265,15 @@ async def test_a_process_that_can_not_be_watched_is_not_taken_for_dead(
 
 async def test_what_is_left_of_a_run_is_ended(made: tuple[Launcher, RunDirs, Path], tmp_path: Path) -> None:
     one, _dirs, directory = made
-    program = script(tmp_path, "while :; do sleep 0.1; done")
+    program = script(tmp_path, "echo up; while :; do sleep 0.1; done")
 
     async def start() -> Process:
         (directory / "qemu.log").unlink(missing_ok=True)
         made = await one.spawn(
             argv_of(program, directory), RECORD, directory=directory, cpus={0}, kvm=False, lock_memory=False
         )
-        await until(lambda: (made.identity.pid, RUN) in process.find(f"path={directory.parent}/"))
+        await until(lambda: (directory / "qemu.log").read_text())  # the last of the chain: no exec is under way
+        assert (made.identity.pid, RUN) in process.find(f"path={directory.parent}/")
         return made
 
     first = await start()
@@ -406,7 +407,14 @@ async def test_a_unit_has_its_place_and_is_stopped_by_its_name(tmp_path: Path, m
     for record, slice_name in ((RECORD, None), (dedicated, None), (dedicated, "-.slice")):
         directory = dirs.make(record)
         await one.spawn(
-            ["sleep"], record, directory=directory, cpus={0}, kvm=True, lock_memory=False, slice_name=slice_name
+            ["sleep"],
+            record,
+            directory=directory,
+            cpus={0},
+            kvm=True,
+            lock_memory=False,
+            slice_name=slice_name,
+            own_cores=(2, 3, 5),  # with the idle sibling of one
         )
     assert [given["slice_name"] for given in asked] == ["x.slice", "x.slice", "-.slice"]
     assert asked[0]["argv"][0].endswith("/setpriv")
@@ -415,7 +423,7 @@ async def test_a_unit_has_its_place_and_is_stopped_by_its_name(tmp_path: Path, m
     delegates = ["Delegate=yes" in given["given"] for given in asked]
     assert delegates == [False, True, True]
     assert "CPUAffinity=0" in asked[1]["given"]
-    assert {"CPUAffinity=2 3", "AllowedCPUs=2 3", "DeviceAllow=/dev/kvm rw"} < set(asked[2]["given"])
+    assert {"CPUAffinity=2 3 5", "AllowedCPUs=2 3 5", "DeviceAllow=/dev/kvm rw"} < set(asked[2]["given"])
     assert f'BindPaths="{directory}"' in asked[2]["given"]
     assert 'BindPaths="/m"' in asked[2]["given"]
     await one.stop(RECORD)

@@ -22,8 +22,7 @@ RECORD = Record(id=7, uuid="u", name="n", mode=Mode.SHARED, cores=1, memory_byte
 
 @pytest.fixture
 def base() -> Iterator[Path]:
-    """A place to which every user can walk."""
-    need_open_root()
+    """A place to which every user can walk, unless the root directory itself is closed."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         Path(name).chmod(0o711)
         yield Path(name) / "p"
@@ -35,6 +34,7 @@ def descriptors() -> int:
 
 def test_each_partition_has_a_user_of_its_own(base: Path) -> None:
     need_root()
+    need_open_root()
     dirs = RunDirs(base, FIRST)
     assert dirs.ids() == []
     path = dirs.make(RECORD)
@@ -58,6 +58,7 @@ def test_each_partition_has_a_user_of_its_own(base: Path) -> None:
 def test_why_there_is_no_user(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert RunDirs(base, 0).reason == "uid_first is 0 in the settings"
     assert RunDirs(base, 0).user(RECORD) is None
+    need_open_root()
     if os.geteuid() == 0:
         closed = base.parent / "closed"
         closed.mkdir(mode=0o700)

@@ -663,8 +663,10 @@ static int serve(void)
         look_at_calls();
         if (polls[1].revents && waitpid(child, &status, WNOHANG) == child)
             return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-        if (polls[0].revents & POLLIN)
+        if (polls[0].revents & POLLIN) {
             on_notification();
+            look_at_calls(); /* what it has brought about for others */
+        }
     }
 }
 

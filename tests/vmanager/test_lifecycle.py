@@ -288,7 +288,7 @@ def test_guests_that_end_by_themselves(manager: Manager, info: Info, kernel: int
 def test_a_suspended_guest_s_time_stands_still(manager: Manager, info: Info, kernel: int) -> None:
     need(info, Cap.SUSPEND)
     with make(manager) as handle:
-        handle.deploy(kernel, cmdline="vman.off=20000")
+        handle.deploy(kernel, cmdline="vman.off=600000")
         handle.suspend()
         generation = handle.status().generation
         time.sleep(0.1)

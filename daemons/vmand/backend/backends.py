@@ -23,7 +23,7 @@ def kind_of(config: Config) -> str:
             f"backend: {config.vmanager_device} does not exist: the firmware's driver is not loaded; "
             "load it, set vmanager_device, or set backend to qemu or auto"
         )
-    if config.backend == "vmanager" or (config.backend == "auto" and there):
+    if _is_firmware(config):
         return "vmanager"
     from vmand.backend.launcher import check_launcher  # noqa: PLC0415 - see above
     from vmand.backend.memory import check_directory  # noqa: PLC0415
@@ -34,15 +34,18 @@ def kind_of(config: Config) -> str:
 
 
 def pool_of(config: Config) -> tuple[Topology, frozenset[int]]:
-    """The host's cores, and those that dedicated partitions may get.
+    """The cores of the host or of the firmware, and those that dedicated partitions may get.
 
     Raises:
         SettingsError: pool.cores is malformed, or names cores that can't be given.
     """
-    found = topology.read()
     try:
         wanted = parse_cores(config.pool.cores) if config.pool.cores else None
-        usable = cores.usable(found, Cpusets(), topology.isolated_by_boot())
+        if _is_firmware(config):
+            found, usable = _firmware(config.vmanager_device)
+        else:
+            found = topology.read()
+            usable = cores.usable(found, Cpusets(), topology.isolated_by_boot())
         return found, placement.pool(found, wanted, usable)
     except ValueError as error:
         raise SettingsError(f"pool.cores: {error}") from None
@@ -57,3 +60,18 @@ def make(kind: str, config: Config, *, topology: Topology, pool: frozenset[int])
     from vmand.backend.qemu import QemuBackend  # noqa: PLC0415
 
     return QemuBackend(config, topology=topology, pool=pool)
+
+
+def _is_firmware(config: Config) -> bool:
+    return config.backend == "vmanager" or (config.backend == "auto" and Path(config.vmanager_device).exists())
+
+
+def _firmware(path: str) -> tuple[Topology, frozenset[int]]:
+    from vmand.backend import vmanager_found  # noqa: PLC0415 - see above
+
+    try:
+        return vmanager_found.cores(path)
+    except OSError as error:
+        raise SettingsError(
+            f"vmanager_device: {path}: {error.strerror}; set it to the firmware's device, or set backend to qemu"
+        ) from None

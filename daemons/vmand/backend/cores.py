@@ -67,6 +67,13 @@ class Cores:
             return CoresGrade.PINNED, why
         return CoresGrade.ISOLATED, self._note("one of its cores")
 
+    def cores_of(self, record: Record) -> frozenset[int]:
+        """All that must be its own: where it has a part of an SMT core, the rest is left idle.
+
+        A unit in `unit_slice` gets them as ``AllowedCPUs=``, and an affinity within them.
+        """
+        return self._topology.whole(record.cpus)
+
     def prepare(self, record: Record) -> None:
         """Before the guest's process is started: refuse what is known to be impossible, clear what earlier runs left.
 
@@ -91,13 +98,13 @@ class Cores:
             return
         group = group or self._cpusets.group_of(pid)
         for _ in range(_READY_TRIES):
-            if self._cpusets.ready(group, self._cores(record)):
+            if self._cpusets.ready(group, self.cores_of(record)):
                 break
             await asyncio.sleep(_READY_EVERY_S)
         self._pin(record, pid, tids)
         if not self._cpusets.why_not():
             self._isolate(record, group, pid, tids)
-        self._deployed[record.id] = self._cores(record)
+        self._deployed[record.id] = self.cores_of(record)
         self._steer()
         grade, why = self.read(record, pid=pid, tids=tids)
         if grade is not CoresGrade.ISOLATED:
@@ -108,7 +115,7 @@ class Cores:
     def adopt(self, record: Record) -> None:
         """A guest of an earlier vmand runs: its cores are kept free of interrupts as well."""
         if record.mode is Mode.DEDICATED:
-            self._deployed[record.id] = self._cores(record)
+            self._deployed[record.id] = self.cores_of(record)
             self._steer()
 
     def read(self, record: Record, *, pid: int, tids: Sequence[int]) -> tuple[CoresGrade, str]:
@@ -127,7 +134,7 @@ class Cores:
         Each try costs the host some milliseconds. Nothing is tried while a core is offline: what the others have is
         kept by that, and once the core is back, all of it can be had again.
         """
-        if record.mode is Mode.DEDICATED and self._cores(record) <= online():
+        if record.mode is Mode.DEDICATED and self.cores_of(record) <= online():
             try:
                 if not self._cpusets.why_not() and self._cpusets_differ(record, pid, tids):
                     self._isolate(record, self._cpusets.group_of(pid), pid, tids)
@@ -157,7 +164,7 @@ class Cores:
         self._why_not.pop(record.id, None)
         group = group or self._cpusets.own(record.id, record.run)
         try:
-            self._cpusets.repair(group, pid=pid, tids=tids, cores=self._cores(record))
+            self._cpusets.repair(group, pid=pid, tids=tids, cores=self.cores_of(record))
         except FailedError as error:
             self._why_not[record.id] = str(error)
         self._pin(record, pid, tids)
@@ -202,16 +209,12 @@ class Cores:
         group = self._cpusets.group_of(pid)
         if group is None:
             return "its threads are in no cgroup of its own"
-        return self._cpusets.check(group, tids=tids, cores=self._cores(record))
-
-    def _cores(self, record: Record) -> frozenset[int]:
-        """All that must be its own: where it has a part of an SMT core, the rest is left idle."""
-        return self._topology.whole(record.cpus)
+        return self._cpusets.check(group, tids=tids, cores=self.cores_of(record))
 
     def _others(self, record: Record) -> frozenset[int]:
         """Where the other threads of its QEMU run when they are in its cpuset: beside the first vCPU, or on what the
         vCPUs leave of its last SMT core."""
-        return (self._cores(record) - set(record.cpus)) or frozenset(record.cpus[:1])
+        return (self.cores_of(record) - set(record.cpus)) or frozenset(record.cpus[:1])
 
     def _note(self, where: str) -> str:
         if not self._cpusets.whole_process:

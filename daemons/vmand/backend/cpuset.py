@@ -132,7 +132,7 @@ class Cpusets:
         self.isolate(group, pid=pid, tids=tids, cores=cores)
 
     def check(self, group: Path, *, tids: Sequence[int], cores: frozenset[int]) -> str:
-        """Why the cores are not isolated now; empty where they are. Reads four small files, and more where it is lost."""
+        """Why the cores are not isolated now; empty where they are. Reads four small files, more where they are not."""
         partition = self._partition(group)
         if why := self._state(partition, cores):
             return why + self._culprits(group, cores)

@@ -71,12 +71,13 @@ class Launcher:
         slice_name: str | None = None,
         memory: Path | None = None,
         disks: Sequence[OpenDisk] | None = None,
+        own_cores: Collection[int] = (),
     ) -> Process:
         """Start QEMU in the directory of its run, on these cores. What it prints goes to its log there.
 
         ``slice_name``: other than that of the settings; directly below the root slice the whole process is put on
         the partition's own cores. ``memory``: the file of the guest's memory; None: somewhere in memory_dir. ``disks``:
-        the files that it may write to; None: of any size.
+        the files that it may write to; None: of any size. ``own_cores``: the partition's, whole SMT cores.
 
         Raises:
             FailedError: it could not be started.
@@ -95,8 +96,8 @@ class Launcher:
             return _spawn(limited, log_file=directory / LOG, cpus=cpus, uid=uid)
         place = Place(
             slice_name=slice_name or self._config.slice,
-            cpus=record.cpus if slice_name == ROOT_SLICE else cpus,
-            allowed=record.cpus if slice_name == ROOT_SLICE else (),
+            cpus=own_cores if slice_name == ROOT_SLICE else cpus,
+            allowed=own_cores if slice_name == ROOT_SLICE else (),
             delegate=bool(record.cpus),
             writable=(directory, memory or self._config.memory),
             log_file=directory / LOG,
@@ -171,7 +172,7 @@ class Launcher:
 
     async def _end_user(self, uid: int) -> None:
         if count := await end_user(uid):
-            log.warning("ended %d processes of a user that has no run", count, extra={"uid": uid})
+            log.warning("ended %d processes that a partition's user still had", count, extra={"uid": uid})
 
 
 def _within(bounds: Limits) -> Limits:

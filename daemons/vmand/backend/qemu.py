@@ -13,7 +13,7 @@ from edgehold.errors import EdgeholdError, FailedError
 from vmand.backend import Changed, Ended, Finding, Grades, Host, Output, Running, Trait, devices, doctor, dtb, dtbcheck
 from vmand.backend import images as opened_images
 from vmand.backend.command import Files, MemoryBacking, qemu_argv
-from vmand.backend.cores import Cores
+from vmand.backend.cores import Cores, usable
 from vmand.backend.cpuset import Cpusets
 from vmand.backend.guest import Guest
 from vmand.backend.launcher import Launcher
@@ -43,14 +43,15 @@ class QemuBackend:
     def __init__(self, config: Config, *, topology: Topology, pool: frozenset[int]) -> None:
         self._config = config
         self._pool = pool
-        self._housekeeping = frozenset(os.sched_getaffinity(0) - pool) or frozenset({LINUX})
-        self._steering = Steering(runtime=config.runtime, online=topology.online) if config.steer else None
+        cpusets = Cpusets(boot_isolated=isolated_by_boot())
+        self._housekeeping = usable(topology, cpusets, isolated_by_boot()) - pool or frozenset({LINUX})
+        self._steering = Steering(runtime=config.runtime, online=topology.online)
         self._cores = Cores(
             topology=topology,
             pool=pool,
             housekeeping=self._housekeeping,
-            cpusets=Cpusets(boot_isolated=isolated_by_boot()),
-            steering=self._steering,
+            cpusets=cpusets,
+            steering=self._steering if config.steer else None,
         )
         self._memory = MemoryFiles(config.memory, hugepages=config.hugepages)
         self._dirs = RunDirs(config.runtime / "p", config.uid_first, places=(config.memory,))
@@ -65,6 +66,8 @@ class QemuBackend:
     def begin(self, *, changed: Changed, output: Output, ended: Ended) -> None:
         self._changed, self._output, self._ended = changed, output, ended
         self._dirs.begin()
+        if not self._config.steer:
+            self._steering.restore()  # what an earlier vmand moved whose settings said so
 
     async def host(self) -> Host:
         accelerator, reason = await self._machines.accelerator()
@@ -116,7 +119,7 @@ class QemuBackend:
                 users_reason=self._dirs.reason,
                 bridges=self._config.bridges,
                 steer=self._config.steer,
-                steer_reason=self._steering.said() if self._steering else "",
+                steer_reason=self._steering.said(),
             )
         )
 
@@ -146,6 +149,7 @@ class QemuBackend:
             slice_name=(self._cores.unit_slice if record.mode is Mode.DEDICATED else "") or None,
             memory=backing.path,
             disks=images.disks,
+            own_cores=self._cores.cores_of(record),
         )
         guest = self._hold(record, process)
         with opened_images.named(copies):
@@ -168,7 +172,7 @@ class QemuBackend:
             unit=one.unit,
             accelerator=machine.accelerator,
             arch=machine.arch,
-            vsock_cid=devices.FIRST_CID + record.slot if images.vsock else None,
+            vsock_cid=devices.vsock_cid(record, images),
         )
 
     async def adopt(self, record: Record) -> Finding:

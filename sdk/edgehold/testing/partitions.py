@@ -12,6 +12,8 @@ from typing import Any
 from edgehold.api.vmand import State, VmandClient
 from edgehold.testing.daemons import Daemon, private_directory
 
+USERS = 1024
+"""How many uids a vmand may use (`vmand.config`, uid_first)."""
 _MEMORY = Path("/dev/shm")  # noqa: S108 - the tmpfs that every host has; a directory of our own below it
 
 
@@ -28,6 +30,7 @@ class PrivateVmand(Daemon):
         directory.chmod(0o711)  # QEMU of another user walks through it
         self.runtime = directory / "run"
         self.memory = _MEMORY / directory.name
+        self.uid_first = 1_900_000_000 + USERS * secrets.randbelow(200_000)
         super().__init__(
             "vmand",
             directory=directory,
@@ -37,7 +40,7 @@ class PrivateVmand(Daemon):
                 "memory_dir": str(self.memory),
                 "launcher": "process",
                 # Users of its own: what a uid of a partition runs is ended with the partition.
-                "uid_first": 1_900_000_000 + 1024 * secrets.randbelow(200_000),
+                "uid_first": self.uid_first,
                 # A host's interrupts and huge pages are not a test's, unless it says so.
                 "steer": False,
                 "hugepages": False,
@@ -66,6 +69,19 @@ class PrivateVmand(Daemon):
                         found.append(int(entry))
         return found
 
+    def of_users(self) -> list[int]:
+        """The pids of all processes of the users that belong to this vmand's partitions. What has ended and waits for
+        its parent has nothing any more."""
+        found = []
+        for entry in os.listdir("/proc"):  # noqa: PTH208 - names are enough
+            if entry.isdigit():
+                with contextlib.suppress(OSError):
+                    owner = Path(f"/proc/{entry}").stat().st_uid
+                    state = Path(f"/proc/{entry}/stat").read_bytes().rpartition(b")")[2].split()[0]
+                    if 0 <= owner - self.uid_first < USERS and state != b"Z":
+                        found.append(int(entry))
+        return found
+
     def end_guests(self) -> None:
         """End by force what vmand left behind. Each process is verified while a pidfd holds it."""
         for pid in self.guests():
@@ -79,7 +95,7 @@ class PrivateVmand(Daemon):
         """What there is of guests: processes, run directories, memory files. Empty where no partition exists."""
         runs = self.runtime / "p"
         return [
-            *(f"process {pid}" for pid in self.guests()),
+            *(f"process {pid}" for pid in {*self.guests(), *self.of_users()}),
             *(str(one) for one in (runs.iterdir() if runs.is_dir() else ())),
             *(str(one) for one in (self.memory.iterdir() if self.memory.is_dir() else ()) if one.suffix == ".mem"),
         ]

@@ -212,7 +212,7 @@ class ControlServer:
                 line, fds = came
                 try:
                     request = decode_request(line, fds)
-                    held = self._hold(request)
+                    self._hold(request)
                 except RefusedRequest as refused:
                     close_all(fds)
                     await connection.reply(encode_error(refused.error, refused.id))
@@ -220,19 +220,15 @@ class ControlServer:
                 try:
                     await slots.acquire()
                 except asyncio.CancelledError:
-                    self._release(held)
+                    self._release(request)
                     raise
-                work = self._answer(connection, request, held, slots)
+                work = self._answer(connection, request, slots)
                 if request.id is None:
                     await work
                 else:
-                    task = group.create_task(work)
-                    if held:  # a task that is cancelled before its first step runs none of its code
-                        task.add_done_callback(partial(self._release, held))
+                    group.create_task(work)
 
-    async def _answer(
-        self, connection: Connection, request: Request, held: list[int], slots: asyncio.Semaphore
-    ) -> None:
+    async def _answer(self, connection: Connection, request: Request, slots: asyncio.Semaphore) -> None:
         passed: tuple[int, ...] = ()
         try:
             answer = await self._handler(connection, request)
@@ -247,25 +243,20 @@ class ControlServer:
             connection.send(encode_error(internal, request.id))
         finally:
             close_all(passed)
-            self._release(held)
+            self._release(request)
             slots.release()
         await connection.drain()
 
-    def _hold(self, request: Request) -> list[int]:
-        """The request's descriptors, to be released once; they count until then."""
-        if not request.fds:
-            return []
+    def _hold(self, request: Request) -> None:
+        """Count the request's descriptors until `_release`."""
         if self._held_fds + len(request.fds) > MAX_HELD_FDS:
             text = f"requests under way hold {self._held_fds} descriptors, and {MAX_HELD_FDS} is the most; try again"
             raise RefusedRequest(NoCapacityError(text), request.id)
         self._held_fds += len(request.fds)
-        return list(request.fds)
 
-    def _release(self, held: list[int], _task: asyncio.Task[None] | None = None) -> None:
-        """Close them; does nothing the second time."""
-        self._held_fds -= len(held)
-        close_all(held)
-        held.clear()
+    def _release(self, request: Request) -> None:
+        self._held_fds -= len(request.fds)
+        close_all(request.fds)
 
 
 def bind_unix(path: Path, *, mode: int = 0o660, gid: int | None = None) -> socket.socket:

@@ -106,15 +106,15 @@ static struct vman_file *new_file(u64 serial)
 	return file;
 }
 
-static int manager_open(struct inode *inode, struct file *filp)
+static int manager_open(struct inode *inode, struct file *handle)
 {
 	mutex_lock(&lock);
-	filp->private_data = new_file(0);
+	handle->private_data = new_file(0);
 	mutex_unlock(&lock);
-	return filp->private_data ? 0 : -ENOMEM;
+	return handle->private_data ? 0 : -ENOMEM;
 }
 
-static int partition_open(struct inode *inode, struct file *filp)
+static int partition_open(struct inode *inode, struct file *handle)
 {
 	u64 serial;
 	int result = -ENODEV;
@@ -122,16 +122,16 @@ static int partition_open(struct inode *inode, struct file *filp)
 	mutex_lock(&lock);
 	serial = model.partitions[iminor(inode)].serial;
 	if (serial) {
-		filp->private_data = new_file(serial);
-		result = filp->private_data ? 0 : -ENOMEM;
+		handle->private_data = new_file(serial);
+		result = handle->private_data ? 0 : -ENOMEM;
 	}
 	mutex_unlock(&lock);
 	return result;
 }
 
-static int vman_release(struct inode *inode, struct file *filp)
+static int vman_release(struct inode *inode, struct file *handle)
 {
-	struct vman_file *file = filp->private_data;
+	struct vman_file *file = handle->private_data;
 
 	mutex_lock(&lock);
 	list_del(&file->node);
@@ -163,9 +163,9 @@ static size_t next_event(struct vman_file *file, struct vman_event *event)
 	return 0;
 }
 
-static ssize_t vman_read(struct file *filp, char __user *to, size_t size, loff_t *position)
+static ssize_t vman_read(struct file *handle, char __user *to, size_t size, loff_t *position)
 {
-	struct vman_file *file = filp->private_data;
+	struct vman_file *file = handle->private_data;
 	struct vman_event event;
 	ssize_t done = 0;
 	int result;
@@ -189,7 +189,7 @@ static ssize_t vman_read(struct file *filp, char __user *to, size_t size, loff_t
 		mutex_unlock(&lock);
 		if (done || ended)
 			return done;
-		if (filp->f_flags & O_NONBLOCK)
+		if (handle->f_flags & O_NONBLOCK)
 			return -EAGAIN;
 		result = wait_event_interruptible(file->events_wait, file->count || file->lost || file->ended);
 		if (result)
@@ -197,12 +197,12 @@ static ssize_t vman_read(struct file *filp, char __user *to, size_t size, loff_t
 	}
 }
 
-static __poll_t vman_poll(struct file *filp, poll_table *table)
+static __poll_t vman_poll(struct file *handle, poll_table *table)
 {
-	struct vman_file *file = filp->private_data;
+	struct vman_file *file = handle->private_data;
 	__poll_t mask = 0;
 
-	poll_wait(filp, &file->events_wait, table);
+	poll_wait(handle, &file->events_wait, table);
 	mutex_lock(&lock);
 	if (model.caps & VMAN_CAP_EVENTS && (file->count || file->lost))
 		mask |= EPOLLIN | EPOLLRDNORM;
@@ -255,7 +255,7 @@ static int read_input(const struct vman_deploy *deploy, struct vmodel_input *inp
 }
 
 /* A partition's descriptor that nobody sees yet; -errno. */
-static int prepare_fd(const struct file_operations *operations, u64 serial, struct file **filp)
+static int prepare_fd(const struct file_operations *operations, u64 serial, struct file **handle)
 {
 	struct vman_file *file = new_file(serial);
 	int fd;
@@ -263,14 +263,14 @@ static int prepare_fd(const struct file_operations *operations, u64 serial, stru
 	if (!file)
 		return -ENOMEM;
 	fd = get_unused_fd_flags(O_CLOEXEC);
-	*filp = fd < 0 ? ERR_PTR(fd) : anon_inode_getfile("[vman]", operations, file, O_RDWR);
-	if (!IS_ERR(*filp))
+	*handle = fd < 0 ? ERR_PTR(fd) : anon_inode_getfile("[vman]", operations, file, O_RDWR);
+	if (!IS_ERR(*handle))
 		return fd;
 	if (fd >= 0)
 		put_unused_fd(fd);
 	list_del(&file->node);
 	kfree(file);
-	return PTR_ERR(*filp);
+	return PTR_ERR(*handle);
 }
 
 /* Under the lock: the call itself, and the descriptor that it asks for. */
@@ -310,9 +310,9 @@ static int wait_for(struct vmodel_wait *wait, union vmodel_arg *arg, bool tells_
 
 static const struct file_operations partition_operations;
 
-static long vman_ioctl(struct file *filp, unsigned int command, unsigned long address)
+static long vman_ioctl(struct file *handle, unsigned int command, unsigned long address)
 {
-	struct vman_file *file = filp->private_data;
+	struct vman_file *file = handle->private_data;
 	const u32 nr = _IOC_NR(command);
 	const struct vmodel_verb verb = vmodel_verb(file->model.serial != 0, nr);
 	void __user *user = (void __user *)address;
