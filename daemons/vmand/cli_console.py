@@ -88,6 +88,8 @@ def _attach(output: Output, partition: Which, escape: int) -> None:
     with ask(output, lambda vmand: vmand.attach_console(partition)) as stream:
         click.echo(f"the console of partition {partition}; {_name(escape)} ends it, the guest goes on", err=True)
         ended = terminal.converse(stream, keyboard=0, screen=1, escape=escape)
+    if ended.why is terminal.Why.TERMINAL:  # nobody is there to be told
+        raise click.exceptions.Exit(128 + signal.SIGHUP)
     if ended.why is terminal.Why.SIGNAL:
         click.echo(f"\n{signal.strsignal(ended.signal)}", err=True)
         raise click.exceptions.Exit(128 + ended.signal)

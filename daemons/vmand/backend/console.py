@@ -47,11 +47,11 @@ class Viewer:
             return
         idle = not self._unread
         self._unread += data
+        if idle:
+            self._send()
         if len(self._unread) > _UNREAD_BYTES:
             log.warning("cutting off a viewer of a console that does not read")
             self.close()
-        elif idle:
-            self._send()
 
     def close(self) -> None:
         """Hang up. Idempotent."""
