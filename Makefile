@@ -9,7 +9,7 @@ TESTKERNEL := build/testkernel/initramfs.gz
 # linting scripts; the daemon that the benchmarks compare with.
 APT_BUILD := gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross python3-dev python3-venv cpio kmod libelf1
 APT_RUN := qemu-system-x86 qemu-system-arm qemu-utils device-tree-compiler iproute2
-APT_LINT := shellcheck
+APT_LINT := shellcheck groff-base mandoc
 APT_PEER := libvirt-daemon-system libvirt-clients python3-libvirt
 SOURCES := ext/build_kernel.py $(wildcard ext/*.c ext/*.h ext/uapi/*.h)
 

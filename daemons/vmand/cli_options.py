@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -100,8 +101,21 @@ class NicType(click.ParamType):  # type: ignore[type-arg]
         return Nic(bridge=bridge, mac=rest.removeprefix("mac="))
 
 
+class Number(click.FloatRange):
+    """A range without what is no number: JSON has none of those, and vmand would see that nothing was given."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Refuses nan and infinity."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no number", param, ctx)
+        return number
+
+
 PARTITION = click.argument("partition", type=PartitionType())
 PATH = click.Path(path_type=Path, resolve_path=True)
+TIMEOUT_S = Number(0, 3600)
+"""How long a guest may be waited for."""
 
 
 def option(name: str, *more: str, **attributes: Any) -> Callable[[F], F]:

@@ -10,7 +10,7 @@ import click
 from edgehold.api.vmand import Disk, Mode, Nic, Partition, VmandClient, Which
 from edgehold.cli import Output
 from edgehold.errors import EdgeholdError
-from vmand.cli_options import PARTITION, PATH, DiskType, NicType, ask, option, options
+from vmand.cli_options import PARTITION, PATH, TIMEOUT_S, DiskType, NicType, Number, ask, option, options
 from vmand.cli_show import said
 
 
@@ -55,8 +55,8 @@ class _Guest:
 
 
 _WANTED = options(
-    option("cores", type=int, required=True, help="How many cores."),
-    option("memsize", type=float, required=True, help="Memory in GiB; may be a fraction."),
+    option("cores", type=click.IntRange(1, 4096), required=True, help="How many cores."),
+    option("memsize", type=Number(0, min_open=True), required=True, help="Memory in GiB; may be a fraction."),
     option("secure", type=click.BOOL, default=False, help="true: the secure world, where there is one."),
     option(
         "mode",
@@ -159,7 +159,7 @@ async def _undone(vmand: VmandClient, partition: int, error: EdgeholdError) -> E
 
 @click.command()
 @PARTITION
-@option("timeout", "timeout_s", type=float, help="Seconds until it is ended by force.")
+@option("timeout", "timeout_s", type=TIMEOUT_S, help="Seconds until it is ended by force.")
 @option("force", is_flag=True, help="End it at once, also while another shutdown waits for the guest.")
 @click.pass_obj
 def shutdown(output: Output, *, partition: Which, timeout_s: float | None, force: bool) -> None:
@@ -177,7 +177,7 @@ def shutdown(output: Output, *, partition: Which, timeout_s: float | None, force
 @click.command()
 @PARTITION
 @option("graceful", is_flag=True, help="Press the power button first, and reset by force only when the time is over.")
-@option("timeout", "timeout_s", type=float, help="With --graceful: seconds until it is reset by force.")
+@option("timeout", "timeout_s", type=TIMEOUT_S, help="With --graceful: seconds until it is reset by force.")
 @click.pass_obj
 def reboot(output: Output, *, partition: Which, graceful: bool, timeout_s: float | None) -> None:
     """Reset the guest by force and load its kernel again."""

@@ -282,8 +282,8 @@ class Service:
             self.require(Trait.SHUTDOWN, "reboot graceful")
         async with self.book.turn(partition, model.REBOOT) as record:
             reason = ""
-            if graceful and not await self._power_off(record, limit_s):
-                reason = f"reset by force: the guest did not power off within {limit_s:g} s"
+            if graceful and (refused := await self._power_off(record, limit_s)):
+                reason = f"reset by force: {refused}"
             await self.backend.reboot(record)
             count = record.boot_count + 1
             return self.book.put_late(msgspec.structs.replace(record, boot_count=count, pending="", reason=reason))
@@ -304,8 +304,8 @@ class Service:
             if record.state in LIVE and not force:
                 if record.state is State.SUSPENDED:
                     await self.backend.restore(record)
-                if not await self._power_off(record, limit_s):
-                    reason = f"ended by force: the guest did not power off within {limit_s:g} s"
+                if refused := await self._power_off(record, limit_s):
+                    reason = f"ended by force: {refused}"
             await self.backend.end(record)
             return self.book.put_late(record.at_rest(State.READY, reason=reason))
 
@@ -341,8 +341,8 @@ class Service:
                 retryable=False,
             )
 
-    async def _power_off(self, record: Record, limit_s: float) -> bool:
-        """Press until the guest is off. One press is lost where nobody in the guest reads the button yet."""
+    async def _power_off(self, record: Record, limit_s: float) -> str:
+        """Press until the guest is off; why it is not. One press is lost where nobody in it reads the button yet."""
         deadline = self._clock.monotonic_ns() + int(limit_s * NS_PER_S)
         hurry = self._hurry[record.id] = asyncio.Event()
         try:
@@ -352,8 +352,8 @@ class Service:
                 except (TimedOutError, UnavailableError, FailedError) as error:
                     log.warning("partition %d: the power button: %s", record.id, error)
                 if await self._off(record, min(_PRESS_EVERY_S, left_s), hurry):
-                    return True
-            return False
+                    return ""
+            return "it was asked for" if hurry.is_set() else f"the guest did not power off within {limit_s:g} s"
         finally:
             self._hurry.pop(record.id, None)
 

@@ -80,7 +80,7 @@ class Watch:
             log.error("partition %d failed: %s", record.id, reason, extra=fields)
             last = self._last_output(record)
             if finding.found is Found.GONE:
-                reason += "; vmanctl console has its last output, shutdown makes it READY"
+                reason += "; vmanctl console --tail has its last output, shutdown makes it READY"
         # Written before its process is ended: after a crash in between it would seem to have died.
         begun = msgspec.structs.replace(record, state=state, reason=reason, last_output=last, pending="")
         self._book.put_late(begun, quiet=True)

@@ -1,4 +1,4 @@
-# What edgehold.kernel.native uses of the compiled extension (ext/cdef.h, ext/vmanager_*.h). cffi's objects have no better type than Any.
+# What edgehold.kernel.native uses of the extension (ext/cdef.h, ext/vmanager_*.h). Any: cffi has no better type.
 from typing import Any
 
 class _Lib:

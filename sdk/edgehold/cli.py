@@ -184,7 +184,7 @@ async def _tell(doing: str, limit_s: float | None) -> None:
     await asyncio.sleep(_PROGRESS_AFTER_S)
     try:
         for sign in itertools.cycle(_SPINNER):
-            text = f"{sign} {doing} … {time.monotonic() - begun:.0f} s{of}"
+            text = f"{sign} {doing} … {int(time.monotonic() - begun)} s{of}"
             click.echo(f"\r{text[: _columns()]:{_columns()}}", nl=False, err=True)
             await asyncio.sleep(_PROGRESS_EVERY_S)
     finally:
@@ -202,6 +202,12 @@ def main(group: click.Group, program: str) -> None:
     75: try again later. 77: not permitted. 130: interrupted.
     """
     arguments = sys.argv[1:]
+    for one in arguments:
+        try:
+            one.encode()
+        except UnicodeEncodeError:  # os.fsdecode: bytes of a shell that are no text
+            click.echo(f"{program}: {one!a} is not UTF-8, and what a daemon is told is", err=True)
+            sys.exit(EX_USAGE)
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     as_json = "--json" in own
     if as_json:

@@ -1,10 +1,10 @@
 """``make bench``: what things cost, each beside a named peer in the same run; a table, and build/bench/results.json.
 
-CPU seconds, not wall time; the ratio is the result, the absolute figure depends on the machine.
+CPU seconds, not wall time; the ratio is the result, the absolute figure depends on the machine. vmand's own figures
+follow, each beside its bar (see `tests.bench.partitions`); they need root.
 """
 
 import asyncio
-import json
 import os
 import statistics
 import subprocess
@@ -21,8 +21,9 @@ from edgehold.kernel.sampler import Sampler
 from edgehold.wire.control import Connection, ControlClient, ControlServer, bind_unix
 from edgehold.wire.jsonlines import Request
 from edgehold.wire.peer import Roles
+from tests.bench import partitions
+from tests.bench.figures import as_installed, write
 
-RESULTS = Path(__file__).parents[2] / "build/bench/results.json"
 ROUNDS = 2000
 
 
@@ -128,13 +129,17 @@ def sampling(threads: int = 500) -> Row:
 
 async def main() -> None:
     """Measure, print, write."""
+    as_installed()
     bare = cpu_of("pass")
     imports = ("edgehold", "edgehold.api.vmand", "edgehold.api.deadlined", "vmand.cli", "deadlined.cli")
     rows = [row(f"import {one}", cpu_of(f"import {one}"), "ms CPU", "python -c pass", bare) for one in imports]
     rows += [await control(), sampling()]
     print(table(["WHAT", "OURS", "UNIT", "PEER", "THEIRS", "RATIO"], [tuple(asdict(one).values()) for one in rows]))
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps([asdict(one) for one in rows], indent=2) + "\n")
+    write("results", [asdict(one) for one in rows])
+    if os.geteuid() == 0:
+        await partitions.measure()
+    else:
+        print("\nvmand's own figures are left out: its guests need root")
 
 
 if __name__ == "__main__":

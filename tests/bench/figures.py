@@ -110,6 +110,12 @@ def resident_mb(pid: int) -> tuple[float, float]:
     return rss, pss
 
 
+def as_installed() -> None:
+    """Let everything that is started from now on keep its compiled modules, as an installed package has them."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = str(RESULTS / "pycache")
+
+
 def need_guest() -> tuple[Path, Path]:
     """The small guest's kernel and initial RAM disk.
 

@@ -200,7 +200,7 @@ async def test_the_command_line_in_both_spellings(vmand: PrivateVmand, image: tu
     async with asyncio.timeout(BOOT_S):
         while UP.encode() not in await follow.stdout.readline():
             pass
-    assert UP in await vmanctl("console", one)
+    assert UP in await vmanctl("console", "--tail", one)
     assert "DEPLOYED" in await vmanctl("suspend", one) or (await vmanctl("status", one)).count("SUSPENDED")
     assert (await vmanctl("status", f"p{one}")).splitlines()[1].split() == ["id", one]  # by its name
     assert "no partition 'nobody'" in await vmanctl("status", "nobody", status=1)

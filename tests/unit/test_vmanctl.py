@@ -1,7 +1,9 @@
 """vmanctl against a vmand that answers what it is told to: what it asks for, what it prints, how it ends."""
 
 import asyncio
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -104,6 +106,11 @@ async def test_what_is_typed_is_what_is_asked_for(
         (["console", "2"], "stdin is no terminal; --tail prints"),
         (["--json", "console", "2"], "a terminal is no JSON"),
         (["console", "2", "--escape=^1"], "write ^] for Ctrl and ]"),
+        (["create", "--cores=0", "--memsize=1"], "0 is not in the range"),
+        (["create", "--cores=1", "--memsize=nan"], "nan is no number"),
+        (["create", "--cores=1", "--memsize=0"], "0.0 is not in the range"),
+        (["shutdown", "2", "--timeout=nan"], "nan is no number"),
+        (["shutdown", "2", "--timeout=inf"], "inf is not in the range 0<=x<=3600"),
         (["create", "--cores=1"], "Missing option '-memsize'"),
     ],
 )
@@ -177,8 +184,7 @@ async def test_doctor(vmand: FakeVmand) -> None:
 async def on_a_terminal(vmand: FakeVmand, *words: str, **more: str) -> str:
     terminal = Terminal()
     try:
-        files = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.fd)
-        process = await start(vmand.socket, *words, more=more, **files)
+        process = await start(vmand.socket, *words, more=more, stdout=terminal.fd)
         assert (await ended(process)).status == 0
         await terminal.until("isolated")
         return terminal.shown
@@ -187,12 +193,11 @@ async def on_a_terminal(vmand: FakeVmand, *words: str, **more: str) -> str:
 
 
 async def test_events_are_lines_and_a_guest_writes_none_of_ours(vmand: FakeVmand) -> None:
-    files = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = await start(vmand.socket, "events", "--console", **files)
-    as_json = await start(vmand.socket, "events", "--json", **files)
-    while len(vmand.asked) < 2:
-        vmand.came.clear()
-        await vmand.came.wait()
+    process = await start(vmand.socket, "events", "--console")
+    as_json = await start(vmand.socket, "events", "--json")
+    assert process.stdout is not None
+    assert as_json.stdout is not None
+    await vmand.asked_for("subscribe", 2)
     assert ("subscribe", {"console": True}) in vmand.asked
     for event in (
         Event(kind="state", partition=2, time_s=1.5, state=State.FAILED, reason="it panicked"),
@@ -222,15 +227,16 @@ async def test_events_are_lines_and_a_guest_writes_none_of_ours(vmand: FakeVmand
         ]
         assert (first["kind"], first["state"]) == ("state", "FAILED")
     finally:
-        process.send_signal(signal.SIGINT)
-        as_json.send_signal(signal.SIGINT)
+        for one in (process, as_json):
+            with contextlib.suppress(ProcessLookupError):
+                one.send_signal(signal.SIGINT)
         done = [await ended(one) for one in (process, as_json)]
     assert [(one.status, one.err) for one in done] == [(130, ""), (130, "")]
 
 
 async def test_a_shutdown_that_is_interrupted_says_that_it_goes_on(vmand: FakeVmand) -> None:
     vmand.answers["shutdown"] = asyncio.Event()
-    process = await start(vmand.socket, "shutdown", "web", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = await start(vmand.socket, "shutdown", "web")
     await vmand.asked_for("shutdown")
     process.send_signal(signal.SIGINT)
     done = await ended(process)
@@ -241,12 +247,13 @@ async def test_progress_is_for_people(vmand: FakeVmand) -> None:
     slow = vmand.answers["shutdown"] = asyncio.Event()
     terminal = Terminal()
     try:
-        process = await start(vmand.socket, "shutdown", "2", "--timeout=30", stdout=subprocess.PIPE, stderr=terminal.fd)
-        await terminal.until("shutting down 2 … 0 s of 30 s")
-        await terminal.until("… 1 s of 30 s")
+        process = await start(vmand.socket, "shutdown", "2", "--timeout=30", stderr=terminal.fd)
+        await terminal.until("shutting down 2 … ")
+        await terminal.until(" s of 30 s")
+        await terminal.until("shutting down 2 … ")
         slow.set()
         assert (await ended(process)).out == "partition 2: DEPLOYED\n"
-        await terminal.until(" \r")
+        await terminal.until(f"\r{'':79}\r")
         assert terminal.text == ""
     finally:
         terminal.close()
@@ -276,6 +283,8 @@ async def test_away_and_wrong_usage(vmand: FakeVmand) -> None:
     assert (await run(away, "list", "x")).status == 64
     assert (await run(away, "lisst")).status == 64
     assert (await run(away, "completion", "zsh")).status == 0
+    no_text = await run(away, "status", os.fsdecode(b"\xff"))
+    assert (no_text.status, no_text.err) == (64, "vmanctl: '\\udcff' is not UTF-8, and what a daemon is told is\n")
 
 
 async def complete(socket: Path, shell: str, *words: str) -> list[str]:
@@ -284,7 +293,7 @@ async def complete(socket: Path, shell: str, *words: str) -> list[str]:
     more["COMP_CWORD"] = words[-1] if shell == "fish" else str(len(words) - 1)
     done = await run(socket, more=more)
     assert (done.status, done.err) == (0, "")
-    return done.out.splitlines()
+    return done.out.split("\n")[:-1] if done.out.strip() else []
 
 
 async def test_completion_knows_the_partitions(vmand: FakeVmand) -> None:
@@ -315,3 +324,13 @@ async def test_a_command_loads_what_it_needs(vmand: FakeVmand) -> None:
     done = await ended(process)
     loaded = {one for one in done.err.split() if one.startswith("vmand")}
     assert loaded == {"vmand", "vmand.cli", "vmand.cli_look", "vmand.cli_options", "vmand.cli_show"}
+
+
+def test_no_command_loads_the_daemon() -> None:
+    code = (
+        "import sys, click; from vmand.cli import vmanctl; import vmand.terminal\n"
+        "[vmanctl.get_command(click.Context(vmanctl), one) for one in vmanctl.list_commands(click.Context(vmanctl))]\n"
+        "print(*(one for one in sys.modules if one.startswith('vmand.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {one for one in done.stdout.split() if not one.startswith("vmand.cli")} == {"vmand.terminal"}

@@ -15,7 +15,6 @@ from edgehold.errors import DeniedError, TimedOutError
 from edgehold.testing.capability import missing
 from edgehold.wire.jsonlines import Request
 from edgehold.wire.peer import Peer, Role
-from vmand import cli
 from vmand.api import Api
 from vmand.backend import console, kvm, kvmprobe, process, qmp
 from vmand.backend.command import Files, Machine, MemoryBacking, kernel_cmdline, ports, qemu_argv
@@ -208,23 +207,6 @@ async def test_only_an_id_comes_into_the_journal(told: object, caplog: pytest.Lo
     with caplog.at_level("INFO"), pytest.raises(DeniedError):
         await api.handle(cast("Connection", connection), Request("deploy", {"partition_id": 7}, 1))
     assert "deploy 7 by uid=65534" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "text"),
-    [
-        ("memory_bytes", 256 << 20, "268435456 (256 MiB)"),
-        ("memory_bytes", 3 << 29, "1610612736 (1.50 GiB)"),
-        ("pid", None, "-"),
-        ("unit", "", "-"),
-        ("cpus", (), "-"),
-        ("cpus", (1, 3), "1,3"),
-        ("secure", False, "false"),
-        ("boot_count", 0, "0"),
-    ],
-)
-def test_fields_as_people_read_them(name: str, value: object, text: str) -> None:
-    assert cli._shown(name, value) == text
 
 
 async def test_a_probe_that_outlives_its_kill_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,7 +272,7 @@ async def test_what_is_left_of_a_run_is_ended(made: tuple[Launcher, RunDirs, Pat
         made = await one.spawn(
             argv_of(program, directory), RECORD, directory=directory, cpus={0}, kvm=False, lock_memory=False
         )
-        await until(lambda: (directory / "qemu.log").read_text())  # the last of the chain: no exec is under way
+        await until((directory / "qemu.log").read_text)  # the last of the chain: no exec is under way
         assert (made.identity.pid, RUN) in process.find(f"path={directory.parent}/")
         return made
 

@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 import termios
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class FakeVmand:
 
     def __init__(self, socket: Path) -> None:
         self.socket = socket
-        self.answers: dict[str, Any] = {"status": PARTITION, "list": [PARTITION]}
+        self.answers: dict[str, Any] = {"status": PARTITION, "list": [PARTITION], "subscribe": {"text": ""}}
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.connections: list[Connection] = []
         self.came = asyncio.Event()
@@ -64,10 +65,10 @@ class FakeVmand:
         """What ``attach-console`` answers."""
         self.answers["attach-console"] = lambda: Answer({}, (os.dup(fd),))
 
-    async def asked_for(self, command: str) -> None:
+    async def asked_for(self, command: str, times: int = 1) -> None:
         """Until somebody asked."""
         async with asyncio.timeout(DEADLINE_S):
-            while command not in [name for name, _args in self.asked]:
+            while [name for name, _args in self.asked].count(command) < times:
                 self.came.clear()
                 await self.came.wait()
 
@@ -100,14 +101,28 @@ def environment(socket: Path, more: Mapping[str, str] | None = None) -> dict[str
     return {**kept, "VMAND_SOCKET": str(socket), "LC_ALL": "C.UTF-8", "TERM": "vt100", **(more or {})}
 
 
-async def start(socket: Path, *words: object, more: Mapping[str, str] | None = None, **files: Any) -> Any:
+async def start(
+    socket: Path,
+    *words: object,
+    more: Mapping[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.PIPE,
+    stderr: int = subprocess.PIPE,
+) -> Process:
     """Run vmanctl as a child."""
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "vmand.cli", *map(str, words), env=environment(socket, more), **files
+        sys.executable,
+        "-m",
+        "vmand.cli",
+        *map(str, words),
+        env=environment(socket, more),
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
     )
 
 
-async def ended(process: Any) -> Done:
+async def ended(process: Process) -> Done:
     """Until it has ended."""
     try:
         async with asyncio.timeout(DEADLINE_S):
@@ -116,13 +131,13 @@ async def ended(process: Any) -> Done:
         process.kill()
         await process.wait()
         raise
+    assert process.returncode is not None
     return Done(process.returncode, (out or b"").decode(), (err or b"").decode())
 
 
 async def vmanctl(socket: Path, *words: object, more: Mapping[str, str] | None = None) -> Done:
     """Run it to its end; its stdin is no terminal."""
-    files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return await ended(await start(socket, *words, more=more, **files))
+    return await ended(await start(socket, *words, more=more))
 
 
 class Terminal:

@@ -9,12 +9,14 @@ from typing import Any
 
 from edgehold.api.vmand import Vcpu
 from edgehold.errors import EdgeholdError, FailedError
+from edgehold.kernel.procfs import GoneError, threads
 from vmand.backend import Ended, Finding
 from vmand.backend.command import CONSOLE, LOG, MONITOR
 from vmand.backend.console import Console
-from vmand.backend.launcher import Process, last_line
+from vmand.backend.process import Process
 from vmand.backend.qmp import CONNECTED, REASONS, Monitor
-from vmand.model import Found, Record
+from vmand.backend.rundir import last_line
+from vmand.model import Found, Record, plain
 
 log = logging.getLogger(__name__)
 
@@ -93,19 +95,22 @@ class Guest:
                 return Finding(found=Found.GONE, reason=self.cause)
             raise
         if found is None:
-            raise FailedError(f"QEMU is in the state {word}, which vmand does not know")
+            raise FailedError(f"QEMU is in the state {plain(word, 64)}, which vmand does not know")
         return Finding(found=found, reason=REASONS.get(word, ""))
 
     async def vcpus(self, *, limit_s: float = math.inf) -> list[Vcpu]:
         """The vCPUs' threads. Where one thread runs several vCPUs it is named once."""
-        seen: set[int] = set()
-        found = []
-        for one in await self.monitor.call("query-cpus-fast", limit_s=limit_s):
-            tid = int(one["thread-id"])
-            if tid not in seen:
-                seen.add(tid)
-                found.append(Vcpu(index=int(one["cpu-index"]), tid=tid))
-        return sorted(found, key=lambda one: one.index)
+        found: dict[int, Vcpu] = {}
+        told = await self.monitor.vcpus(limit_s=limit_s)
+        try:
+            own = frozenset(threads(self.process.identity.pid))
+        except GoneError as error:
+            raise FailedError(f"its threads can't be known: {error}") from error
+        for one in told:
+            if one.thread_id not in own:  # whoever is told these ids moves and holds their threads
+                raise FailedError(f"QEMU says that vCPU {one.cpu_index} is thread {one.thread_id}: it is not its own")
+            found.setdefault(one.thread_id, Vcpu(index=one.cpu_index, tid=one.thread_id))
+        return sorted(found.values(), key=lambda one: one.index)
 
     async def threads(self, *, limit_s: float = math.inf) -> tuple[int, ...]:
         """The vCPUs' threads, by vCPU; they stay the same for QEMU's whole life.

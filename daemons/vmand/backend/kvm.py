@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edgehold.errors import FailedError
 from vmand.backend.kvmprobe import CODE
-from vmand.backend.launcher import end_child
+from vmand.backend.process import end_child
 
 _DEVICE = Path("/dev/kvm")
 _DEADLINE_S = 5.0

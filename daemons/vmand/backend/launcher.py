@@ -18,13 +18,11 @@ from pathlib import Path
 from edgehold.errors import FailedError, SettingsError
 from vmand.backend.command import LOG
 from vmand.backend.confinement import Limits, emptied, limits, prlimit, setpriv
-from vmand.backend.process import Process, end_child, end_user, find, of_users
-from vmand.backend.rundir import RunDirs, last_line, may_raise_limits
+from vmand.backend.process import Process, end_user, find, of_users
+from vmand.backend.rundir import RunDirs, may_raise_limits
 from vmand.backend.unit import Place, device, properties, spawn_unit, stop_unit, unit_name
 from vmand.config import Config
 from vmand.model import MIB, OpenDisk, Record
-
-__all__ = ["Launcher", "Process", "check_launcher", "end_child", "last_line", "use_systemd"]
 
 log = logging.getLogger(__name__)
 

@@ -22,6 +22,8 @@ from edgehold.errors import FailedError, TimedOutError
 _KILL_TIMEOUT_S = 20.0
 _REAP_S = 2.0
 _LOOK_EVERY_S = 0.02
+_EXEC_LOOKS, _EXEC_LOOK_S = 6, 0.002
+_PF_KTHREAD = 0x00200000
 # How often a user's processes are stopped before they are killed: each round finds what was forked during the last.
 _STOP_ROUNDS = 64
 
@@ -78,14 +80,31 @@ def run_of(argv: Sequence[str]) -> str:
 
 
 def find(own: str) -> list[tuple[int, str]]:
-    """(pid, run) of every process whose command line names the text ``own`` and a run."""
+    """(pid, run) of every process whose command line names the text ``own`` and a run.
+
+    A process that is just then in execve(2) shows none: it is looked at again, for some milliseconds.
+    """
     found = []
-    for pid in _pids():
-        if pid != os.getpid():
+    pids = [pid for pid in _pids() if pid != os.getpid()]
+    for _ in range(_EXEC_LOOKS):
+        unsaid = []
+        for pid in pids:
             argv = arguments(pid)
             if (run := run_of(argv)) and any(own in one for one in argv):
                 found.append((pid, run))
+            elif not argv and _has_program(pid):
+                unsaid.append(pid)
+        if not unsaid:
+            break
+        time.sleep(_EXEC_LOOK_S)
+        pids = unsaid
     return found
+
+
+def _has_program(pid: int) -> bool:
+    """Whether it lives and is no thread of the kernel (field 9 of /proc/PID/stat; linux/sched.h, PF_KTHREAD)."""
+    fields = _proc(pid, "stat").rpartition(b")")[2].split()
+    return len(fields) > 6 and fields[0] not in {b"Z", b"X"} and not int(fields[6]) & _PF_KTHREAD
 
 
 def users(pid: int) -> frozenset[int]:

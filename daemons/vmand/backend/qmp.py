@@ -9,14 +9,17 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
 
 from edgehold.errors import FailedError, TimedOutError, UnavailableError
-from vmand.model import Found
+from vmand.model import Found, plain
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 # The library logs as errors what is ordinary here: a monitor that is not there yet, or any more.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
@@ -51,6 +54,19 @@ REASONS = {
     "io-error": "QEMU reports an I/O error of a disk",
     "watchdog": "the guest's watchdog fired",
 }
+
+
+class _Status(msgspec.Struct, frozen=True):
+    """Of StatusInfo (qapi/run-state.json)."""
+
+    status: str
+
+
+class VcpuThread(msgspec.Struct, frozen=True, rename="kebab"):
+    """Of CpuInfoFast (qapi/machine.json)."""
+
+    cpu_index: int
+    thread_id: int
 
 
 class Monitor:
@@ -119,17 +135,31 @@ class Monitor:
                 "it hangs or has too little CPU; shutdown with force ends it"
             ) from None
         except ExecuteError as error:
-            raise FailedError(f"QEMU of {self._who} refused {command}: {error}") from error
-        except (
-            QMPError,
-            OSError,
-        ) as error:  # OSError: of the descriptor's own message, which the library does not queue
+            raise FailedError(f"QEMU of {self._who} refused {command}: {plain(str(error), 300)}") from error
+        except (QMPError, OSError) as error:  # OSError: of the descriptor's own message, which is not queued
             raise UnavailableError(f"QEMU of {self._who} closed its monitor during {command}") from error
+
+    async def ask(self, command: str, kind: type[T], *, limit_s: float = math.inf) -> T:
+        """One command whose answer is of this kind. Raises as `call`; QEMU may have been taken over and say anything.
+
+        Raises:
+            FailedError: the answer is of another kind.
+        """
+        answer = await self.call(command, limit_s=limit_s)
+        try:
+            return msgspec.convert(answer, kind)
+        except (msgspec.ValidationError, RecursionError) as error:
+            what = plain(str(error), 100)
+            raise FailedError(f"QEMU of {self._who} answers {command} as no QEMU does: {what}") from error
 
     async def status(self, *, limit_s: float = math.inf) -> tuple[Found | None, str]:
         """What the guest does, and QEMU's own word for it."""
-        word = str((await self.call("query-status", limit_s=limit_s))["status"])
+        word = (await self.ask("query-status", _Status, limit_s=limit_s)).status
         return STATUS.get(word), word
+
+    async def vcpus(self, *, limit_s: float = math.inf) -> list[VcpuThread]:
+        """The threads that QEMU says are its vCPUs'."""
+        return await self.ask("query-cpus-fast", list[VcpuThread], limit_s=limit_s)
 
     def give_up(self) -> None:
         """QEMU is dead: who waits for it need not wait any longer."""
@@ -191,4 +221,5 @@ class Monitor:
 
     async def _events(self, listener: Any) -> None:
         async for event in listener:
-            self._on_event(str(event["event"]), dict(event.get("data") or {}))
+            data = event.get("data")
+            self._on_event(plain(str(event["event"]), 64), data if isinstance(data, dict) else {})

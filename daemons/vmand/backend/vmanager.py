@@ -17,10 +17,10 @@ from uuid import UUID
 from edgehold.api.vmand import Check, CoresGrade, MemoryGrade, Vcpu
 from edgehold.errors import EdgeholdError, FailedError, UnsupportedError
 from edgehold.kernel import vmanager
-from edgehold.kernel.vmanager import Cap, Flag, Info, PartitionHandle
+from edgehold.kernel.vmanager import Cap, Flag, Info, PartitionHandle, Status
 from vmand import model
 from vmand.backend import Changed, Ended, Finding, Grades, Host, Output, Running, Trait, dtb, vmanager_doctor
-from vmand.backend.vmanager_calls import Calls, within
+from vmand.backend.vmanager_calls import Act, Calls, within
 from vmand.backend.vmanager_errors import GoneError, RefusedError, finding, of_create, of_verb
 from vmand.backend.vmanager_found import MARK, clear, clearing_s, open_alone, remove_unknown
 from vmand.config import Config
@@ -126,8 +126,8 @@ class VmanagerBackend:
     async def release(self, record: Record) -> None:
         limit_s = clearing_s(record.memory_bytes)
 
-        def work(handle: PartitionHandle) -> None:
-            clear(handle, self._info, limit_s)
+        def work(handle: PartitionHandle, status: Status) -> None:
+            clear(handle, status, self._info, limit_s)
             self._manager.destroy(handle.id)  # which may clear it once more
 
         self._drop(record)
@@ -145,10 +145,11 @@ class VmanagerBackend:
         timeout_ms = _ms(self._start_s)
         with contextlib.ExitStack() as undo:
             # Duplicates: a call that hangs must not find another file under the number of one that was closed.
-            kernel, tree, initrd = (_dup(undo, file) for file in (images.kernel, images.dtb, images.initrd))
+            kernel = _dup(undo, images.kernel)
+            tree, initrd = (None if file is None else _dup(undo, file) for file in (images.dtb, images.initrd))
 
-            def deploy(handle: PartitionHandle) -> None:
-                handle.deploy(kernel or 0, tree, initrd, images.cmdline, timeout_ms, make_dtb=make_dtb)
+            def deploy(handle: PartitionHandle, _status: Status) -> None:
+                handle.deploy(kernel, tree, initrd, images.cmdline, timeout_ms, make_dtb=make_dtb)
 
             work = self._calls.on(record, deploy)
             name = f"{model.DEPLOY} of partition {record.id}"
@@ -171,25 +172,20 @@ class VmanagerBackend:
         return finding(record, status)
 
     async def grade(self, record: Record, *, repair: bool = False) -> Grades:  # noqa: ARG002 - nothing can be lost
-        memory = Grades(memory=MemoryGrade.LOCKED, memory_reason=MEMORY_REASON)
-        if record.state not in LIVE:
-            return memory
-        status = await self._status(record, _GRADE_S)
-        reason = ""
-        if set(status.cpus) != set(record.cpus):
-            reason = f"the firmware says that it has the cores {as_list(status.cpus)}"
-        return Grades(
-            cores=CoresGrade.PINNED if reason else CoresGrade.ISOLATED,
-            cores_reason=reason,
-            memory=memory.memory,
-            memory_reason=memory.memory_reason,
-        )
+        cores, reason = (record.cores_grade, record.cores_reason) if record.state in LIVE else (None, "")
+        if record.state in LIVE:
+            with contextlib.suppress(EdgeholdError):  # it stays what it was; that it does not answer is seen by a look
+                status = await self._status(record, _GRADE_S)
+                same = set(status.cpus) == set(record.cpus)
+                cores = CoresGrade.ISOLATED if same else CoresGrade.PINNED
+                reason = "" if same else f"the firmware says that it has the cores {as_list(status.cpus)}"
+        return Grades(cores=cores, cores_reason=reason, memory=MemoryGrade.LOCKED, memory_reason=MEMORY_REASON)
 
     async def suspend(self, record: Record) -> None:
-        await self._act(record, model.SUSPEND, lambda handle: handle.suspend(timeout_ms=_ms(_VERB_S)))
+        await self._act(record, model.SUSPEND, lambda handle, _: handle.suspend(timeout_ms=_ms(_VERB_S)))
 
     async def restore(self, record: Record) -> None:
-        await self._act(record, model.RESTORE, lambda handle: handle.restore(timeout_ms=_ms(_VERB_S)))
+        await self._act(record, model.RESTORE, lambda handle, _: handle.restore(timeout_ms=_ms(_VERB_S)))
 
     async def reboot(self, record: Record) -> None:
         self._check_reboot()
@@ -197,7 +193,7 @@ class VmanagerBackend:
         await self._act(
             record,
             model.REBOOT,
-            lambda handle: handle.reboot(also_off=True, timeout_ms=timeout_ms),
+            lambda handle, _: handle.reboot(also_off=True, timeout_ms=timeout_ms),
             limit_s=self._start_s + _SPARE_S,
         )
 
@@ -206,7 +202,8 @@ class VmanagerBackend:
             self._check_reboot()
         pressed = self._presses.get(record.id)
         if pressed is None or pressed.done():
-            work = self._calls.on(record, lambda handle: handle.shutdown(timeout_ms=_PRESS_MS))
+            self._presses.pop(record.id, None)
+            work = self._calls.on(record, lambda handle, _: handle.shutdown(timeout_ms=_PRESS_MS))
             self._presses[record.id] = self._calls.begin(work, f"shutdown of partition {record.id}")
 
     async def wait_off(self, record: Record, timeout_s: float) -> bool:
@@ -220,8 +217,8 @@ class VmanagerBackend:
         return False
 
     async def end(self, record: Record) -> None:
-        def work(handle: PartitionHandle) -> None:
-            if handle.status().state is not vmanager.State.READY:
+        def work(handle: PartitionHandle, status: Status) -> None:
+            if status.state is not vmanager.State.READY:
                 try:
                     handle.shutdown(force=True)
                 except OSError as error:
@@ -245,8 +242,8 @@ class VmanagerBackend:
         ours = {one.id: UUID(one.uuid) for one in records}
         work = _raw(lambda: remove_unknown(self._manager, self._info, ours))
         try:
-            for name in await self._calls.run(work, "sweep", limit_s=_SWEEP_S):
-                log.warning("removed a partition of the firmware that is in no journal: %s", name)
+            for what in await self._calls.run(work, "sweep", limit_s=_SWEEP_S):
+                log.warning("a partition of the firmware that is in no journal: %s", what)
             await self._refresh()
         except (EdgeholdError, RefusedError) as error:  # they hold cores and memory; guests are not touched by that
             log.error("the firmware's partitions could not be looked through: %s", error)  # noqa: TRY400
@@ -262,14 +259,14 @@ class VmanagerBackend:
 
     # Inside
 
-    async def _act(
-        self, record: Record, command: str, act: Callable[[PartitionHandle], T], *, limit_s: float = _VERB_S + _SPARE_S
-    ) -> T:
+    async def _act(self, record: Record, command: str, act: Act[T], *, limit_s: float = 0.0) -> T:
+        """Act on the partition, within ``limit_s`` or what a verb may take."""
+        limit_s = limit_s or _VERB_S + _SPARE_S
         with _refusals(command, record):
             name = f"{command} of partition {record.id}"
             return await self._calls.run(self._calls.on(record, act), name, limit_s=limit_s)
 
-    async def _status(self, record: Record, limit_s: float) -> vmanager.Status:
+    async def _status(self, record: Record, limit_s: float) -> Status:
         with _refusals("status", record):
             return await self._calls.status(record, limit_s=limit_s)
 
@@ -281,7 +278,11 @@ class VmanagerBackend:
 
     async def _clear(self, record: Record) -> None:
         limit_s = clearing_s(record.memory_bytes)
-        await self._act(record, "scrub", lambda handle: clear(handle, self._info, limit_s), limit_s=limit_s + _SPARE_S)
+
+        def work(handle: PartitionHandle, status: Status) -> None:
+            clear(handle, status, self._info, limit_s)
+
+        await self._act(record, "scrub", work, limit_s=limit_s + _SPARE_S)
 
     def _check(self, images: Images, arch: str) -> bool:
         """Whether the firmware is to make a device tree.
@@ -348,9 +349,7 @@ def _refusals(command: str, record: Record) -> Iterator[None]:
         raise of_verb(refused, command, record) from refused
 
 
-def _dup(undo: contextlib.ExitStack, file: OpenFile | None) -> int | None:
-    if file is None:
-        return None
+def _dup(undo: contextlib.ExitStack, file: OpenFile) -> int:
     fd = os.dup(file.fd)
     undo.callback(os.close, fd)
     return fd

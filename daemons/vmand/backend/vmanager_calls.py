@@ -18,6 +18,8 @@ from vmand.backend.vmanager_errors import RefusedError, gone, is_gone
 from vmand.model import Record
 
 T = TypeVar("T")
+Act = Callable[[PartitionHandle, Status], T]
+"""What is done with an open partition, which has just had this status."""
 
 # Far more than partitions could need: beyond it nothing is answered any more, and more threads would not help.
 _MAX_THREADS = 128
@@ -87,11 +89,11 @@ class Calls:
             await asyncio.wait({before}, timeout=max(deadline - loop.time(), 0))
             if not before.done():
                 raise _silent(name)
-        future = self._asked[record.id] = self.begin(self.on(record, lambda handle: handle.status()), name)
+        future = self._asked[record.id] = self.begin(self.on(record, lambda _handle, status: status), name)
         future.add_done_callback(lambda _future: self._asked.pop(record.id, None))
         return await within(future, name, max(deadline - loop.time(), 0))
 
-    def on(self, record: Record, act: Callable[[PartitionHandle], T]) -> Callable[[], T]:
+    def on(self, record: Record, act: Act[T]) -> Callable[[], T]:
         """Work for a thread: act on the partition, once it is known to be this one.
 
         The work raises `GoneError`, and `RefusedError` for every other errno.
@@ -105,7 +107,7 @@ class Calls:
                     if status.uuid != UUID(record.uuid):
                         raise gone(record.id)
                     try:
-                        return act(handle)
+                        return act(handle, status)
                     except OSError:
                         with contextlib.suppress(OSError):
                             status = handle.status()

@@ -1,7 +1,8 @@
-"""What is in a firmware: its cores, vmand's partitions, strangers' partitions. All of it blocks, and is for a thread."""
+"""What is in a firmware: its cores, vmand's partitions and strangers'. All of it blocks: it is for a thread."""
 
 import contextlib
 import fcntl
+import threading
 from collections.abc import Iterator, Mapping
 from uuid import UUID
 
@@ -15,6 +16,7 @@ from vmand.placement import Topology
 MARK = "vmand:"
 """How the names of our partitions in the firmware begin."""
 
+_STRANGERS_S = 5.0
 # A firmware that is not in a hurry.
 _BASE_S, _CLEARED_BYTES_S = 10.0, GIB // 2
 
@@ -42,37 +44,59 @@ def cores(path: str) -> tuple[Topology, frozenset[int]]:
     """The firmware's cores, and those that no stranger's partition has now.
 
     They may be offline for Linux, which then does not tell of their siblings and nodes: which of them may be given
-    alone is the firmware's affair.
+    alone is the firmware's affair. A firmware that hangs does not delay a start for long: what strangers have is then
+    learnt when it is refused.
 
     Raises:
         OSError: the device can't be used.
     """
-    with Manager.open(path) as manager:
-        known = set(manager.info().cpus)
-        taken = {core for _, status in _all(manager) if not status.name.startswith(MARK) for core in status.cpus}
+    manager = Manager.open(path)
+    known = frozenset(manager.info().cpus)
+    taken: set[int] = set()
+    problems: list[OSError] = []
+
+    def look() -> None:
+        try:
+            for _, status in _all(manager):
+                taken.update(() if status.name.startswith(MARK) else status.cpus)
+        except OSError as error:
+            problems.append(error)
+        finally:
+            manager.close()
+
+    thread = threading.Thread(target=look, name="strangers", daemon=True)
+    thread.start()
+    thread.join(_STRANGERS_S)
+    if problems:
+        raise problems[0]
     return Topology(siblings={core: frozenset({core}) for core in known}, node={}), frozenset(known - taken)
 
 
 def remove_unknown(manager: Manager, info: Info, ours: Mapping[int, UUID]) -> list[str]:
-    """End and destroy those of our partitions that are none of these; what was removed, in words.
+    """End and destroy those of our partitions that are none of these. Returns what came of each, in words.
 
     Raises:
-        OSError: one could not be removed; the others after it are left too.
+        OSError: they can't be looked through.
     """
-    removed: list[str] = []
+    said: list[str] = []
     for handle, status in _all(manager):
-        if status.name.startswith(MARK) and ours.get(status.id) != status.uuid:
+        if not status.name.startswith(MARK) or ours.get(status.id) == status.uuid:
+            continue
+        who = f"{status.id} ({status.name})"
+        try:
             if status.state is not vmanager.State.READY:
                 handle.shutdown(force=True)
-            clear(handle, info, clearing_s(status.memory_bytes))
+            clear(handle, handle.status(), info, clearing_s(status.memory_bytes))
             manager.destroy(status.id)
-            removed.append(f"{status.id} ({status.name})")
-    return removed
+            said.append(f"{who} is removed")
+        except OSError as error:
+            said.append(f"{who} can't be removed: {error.strerror}")
+    return said
 
 
-def clear(handle: PartitionHandle, info: Info, limit_s: float) -> None:
+def clear(handle: PartitionHandle, status: Status, info: Info, limit_s: float) -> None:
     """Clear a READY partition's memory where a guest was in it and the firmware does not do so itself."""
-    if Cap.CLEARS not in info.caps and Flag.DIRTY in handle.status().flags:
+    if Cap.CLEARS not in info.caps and Flag.DIRTY in status.flags:
         handle.scrub(timeout_ms=int(limit_s * 1000))
 
 
