@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -16,7 +17,7 @@ from edgehold.systemd import activation, journal
 from edgehold.wire.control import ControlServer, bind_unix
 from edgehold.wire.peer import Roles, socket_mode
 from vmand.api import Api
-from vmand.backend import Host, backends
+from vmand.backend import Host, backends, users
 from vmand.config import Config
 from vmand.model import GIB
 from vmand.placement import Topology
@@ -43,7 +44,15 @@ def main() -> None:
         print("vmand: the settings are right")  # noqa: T201 - what --check-config is for
         return
     journal.setup("vmand", config.log_level)
+    _take_descriptors()
     sys.exit(run("vmand", lambda runtime: _alive(runtime, config, roles, kind=kind, topology=topology, pool=pool)))
+
+
+def _take_descriptors() -> None:
+    """As many as this process may have: a guest takes five, a conversation may take more."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextlib.asynccontextmanager
@@ -55,6 +64,8 @@ async def _alive(
         # A QEMU of another user walks through two of them to what is its own.
         for directory, mode in ((config.runtime, 0o755), (Path(config.state_dir), 0o700), (config.memory, 0o711)):
             stack.enter_context(directories.owned(directory, mode=mode, who="vmand"))
+        if kind == "qemu":
+            stack.enter_context(users.claimed(users.uids_from(config.uid_first)))
         store = stack.enter_context(contextlib.closing(Store(config.journal)))
         service = Service(
             backend=backends.make(kind, config, topology=topology, pool=pool),

@@ -48,6 +48,7 @@ class Api:
         self._config = config
         self._host_cores = host_cores
         self.outcomes: Counter[tuple[str, str]] = Counter()
+        self._examining: asyncio.Task[Any] | None = None
         look, change = Role.READ, Role.OPERATE
         self.commands = {
             model.CREATE: _Command(Create, change, self._create),
@@ -182,7 +183,10 @@ class Api:
         return await self._service.capabilities()
 
     async def _doctor(self, _args: Nothing, _call: _Call) -> Any:
-        return await self._service.backend.doctor()
+        # One for all who ask meanwhile: it reads much, and everybody may ask.
+        if self._examining is None or self._examining.done():
+            self._examining = self._service.spawn(self._service.backend.doctor(), "doctor")
+        return await asyncio.shield(self._examining)
 
     def _id(self, which: int | str) -> int:
         return self._service.record(which).id

@@ -31,6 +31,7 @@ class Book:
         self._patience_s = patience_s
         self._records: dict[int, Record] = {}
         self._locks: dict[int, asyncio.Lock] = {}
+        self._unwritten: dict[int, int] = {}
 
     @property
     def records(self) -> list[Record]:
@@ -139,9 +140,19 @@ class Book:
             self.store.delete(record.id)
         except FailedError as error:
             log.error("partition %d: its end is not written: %s", record.id, error)  # noqa: TRY400
+            self._unwritten[record.id] = record.slot
         self._locks.pop(record.id, None)
         if self._records.pop(record.id, None) is not None:
             self.hub.gone(record.id)
+
+    def slots(self) -> set[int]:
+        """The slots that can't be given. That of a partition whose end could not be written is one: until it is, the
+        next start ends whatever its user runs."""
+        for partition in list(self._unwritten):
+            with contextlib.suppress(FailedError):
+                self.store.delete(partition)
+                del self._unwritten[partition]
+        return {*(one.slot for one in self._records.values()), *self._unwritten.values()}
 
     def _keep(self, record: Record, *, quiet: bool = False) -> Record:
         old = self._records.get(record.id)

@@ -21,7 +21,7 @@ GRANULE_BYTES = 2 * MIB
 MIN_MEMORY_BYTES = 16 * MIB
 MAX_MEMORY_GIB = 64 * 1024
 MAX_CMDLINE = 2048
-NAME = re.compile(r"[A-Za-z0-9._-]{1,32}")
+NAME = re.compile(r"(?![0-9]+\Z)[A-Za-z0-9._][A-Za-z0-9._-]{0,31}")
 
 CREATE = "create-partition"
 DEPLOY = "deploy"
@@ -227,7 +227,10 @@ def check_name(name: str, others: Collection[str]) -> None:
         BadRequestError: it is malformed or taken.
     """
     if not NAME.fullmatch(name):
-        raise BadRequestError(f"name: {name[:64]!r} is not 1 to 32 of the characters A-Z a-z 0-9 . _ -")
+        raise BadRequestError(
+            f"name: {name[:64]!r} is not 1 to 32 of the characters A-Z a-z 0-9 . _ -, not all digits (that is an id) "
+            "and not beginning with - (that is an option)"
+        )
     if name in others:
         raise BadRequestError(f"name: {name!r} is taken by another partition; choose another or leave it out")
 

@@ -12,7 +12,7 @@ import socket
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -38,6 +38,7 @@ from vmand.store import Store
 from vmand.tasks import Tasks
 from vmand.watch import Watch, with_grades
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _PRESS_EVERY_S = 2.0
@@ -198,7 +199,7 @@ class Service:
             records = self.book.records
             if len(records) >= self._max_partitions:
                 raise NoCapacityError(f"{self._max_partitions} partitions exist, which is the limit; destroy one first")
-            names = {one.name for one in records}
+            names, taken = {one.name for one in records}, self.book.slots()
             if name:
                 model.check_name(name, names)
             cpus: tuple[int, ...] = ()
@@ -212,7 +213,7 @@ class Service:
                 mode=mode,
                 cores=cores,
                 memory_bytes=memory_bytes,
-                slot=next(one for one in itertools.count() if one not in {record.slot for record in records}),
+                slot=next(one for one in itertools.count() if one not in taken),
                 secure=secure,
                 strict=strict,
                 cpus=cpus,
@@ -286,6 +287,7 @@ class Service:
                 reason = f"reset by force: {refused}"
             await self.backend.reboot(record)
             count = record.boot_count + 1
+            self.watch.keep_reason(record, reason)
             return self.book.put_late(msgspec.structs.replace(record, boot_count=count, pending="", reason=reason))
 
     async def shutdown(self, partition: int, *, timeout_s: float | None = None, force: bool = False) -> Record:
@@ -301,11 +303,8 @@ class Service:
                 return record
         async with self.book.turn(partition, model.SHUTDOWN) as record:
             reason = ""
-            if record.state in LIVE and not force:
-                if record.state is State.SUSPENDED:
-                    await self.backend.restore(record)
-                if refused := await self._power_off(record, limit_s):
-                    reason = f"ended by force: {refused}"
+            if record.state in LIVE and not force and (refused := await self._power_off(record, limit_s)):
+                reason = f"ended by force: {refused}"
             await self.backend.end(record)
             return self.book.put_late(record.at_rest(State.READY, reason=reason))
 
@@ -345,28 +344,38 @@ class Service:
         """Press until the guest is off; why it is not. One press is lost where nobody in it reads the button yet."""
         deadline = self._clock.monotonic_ns() + int(limit_s * NS_PER_S)
         hurry = self._hurry[record.id] = asyncio.Event()
+        suspended = record.state is State.SUSPENDED
         try:
             while not hurry.is_set() and (left_s := (deadline - self._clock.monotonic_ns()) / NS_PER_S) > 0:
-                try:
-                    await self.backend.press_power(record)
-                except (TimedOutError, UnavailableError, FailedError) as error:
-                    log.warning("partition %d: the power button: %s", record.id, error)
-                if await self._off(record, min(_PRESS_EVERY_S, left_s), hurry):
+                await self._unless(hurry, self._press(record, suspended=suspended), left_s)
+                left_s = max((deadline - self._clock.monotonic_ns()) / NS_PER_S, 0.001)
+                wait_s = min(_PRESS_EVERY_S, left_s)
+                if await self._unless(hurry, self.backend.wait_off(record, wait_s), 2 * wait_s):
                     return ""
             return "it was asked for" if hurry.is_set() else f"the guest did not power off within {limit_s:g} s"
         finally:
             self._hurry.pop(record.id, None)
 
-    async def _off(self, record: Record, timeout_s: float, hurry: asyncio.Event) -> bool:
-        off = asyncio.create_task(self.backend.wait_off(record, timeout_s), name="wait until it is off")
+    async def _press(self, record: Record, *, suspended: bool) -> None:
+        try:
+            if suspended:
+                await self.backend.restore(record)
+            await self.backend.press_power(record)
+        except (TimedOutError, UnavailableError, FailedError) as error:
+            log.warning("partition %d: the power button: %s", record.id, error)
+
+    @staticmethod
+    async def _unless(hurry: asyncio.Event, work: Coroutine[Any, Any, T], timeout_s: float) -> T | None:
+        """What it comes to; None where somebody is in a hurry, or the time is over, before it does."""
+        doing = asyncio.create_task(work, name="part of a power-off")
         hurried = asyncio.create_task(hurry.wait(), name="wait for somebody in a hurry")
         try:
-            await asyncio.wait({off, hurried}, return_when=asyncio.FIRST_COMPLETED)
-            return off.done() and off.result()
+            await asyncio.wait({doing, hurried}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            return doing.result() if doing.done() else None
         finally:
-            for task in (off, hurried):
+            for task in (doing, hurried):
                 task.cancel()
-            await asyncio.gather(off, hurried, return_exceptions=True)
+            await asyncio.gather(doing, hurried, return_exceptions=True)
 
     def _reserved(self) -> int:
         return sum(one.memory_bytes for one in self.book.records)

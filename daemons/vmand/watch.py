@@ -48,6 +48,9 @@ class Watch:
         self._tasks = tasks
         self._clock = clock
         self._looking: set[str] = set()
+        self._news: set[str] = set()
+        self._more: set[str] = set()
+        self._kept: dict[str, str] = {}
         self._tried_ns: dict[str, int] = {}
 
     def begin(self) -> None:
@@ -56,8 +59,27 @@ class Watch:
         self._tasks.loop(self._keep_asking(), "ask guests")
 
     def changed(self, partition: int, run: str) -> None:
-        """Something happened to a guest."""
-        self._tasks.spawn(self._see(partition, run), f"look at partition {partition}")
+        """Something happened to a guest. One who says so without end is looked at one time after the other."""
+        if run not in self._news:
+            self._news.add(run)
+            self._tasks.spawn(self._hear(partition, run), f"look at partition {partition}")
+        else:
+            self._more.add(run)
+
+    async def _hear(self, partition: int, run: str) -> None:
+        try:
+            await self._see(partition, run)
+            while run in self._more:
+                self._more.discard(run)
+                await self._see(partition, run)
+        finally:
+            self._news.discard(run)
+            self._more.discard(run)
+
+    def keep_reason(self, record: Record, reason: str) -> None:
+        """What a command says of this run of a guest is not over when the guest is seen to be well."""
+        self._kept = {one.run: self._kept[one.run] for one in self._book.records if one.run in self._kept}
+        self._kept[record.run] = reason
 
     def look_later(self, record: Record) -> None:
         """Look at a guest that could not be looked at just now, until it can be."""
@@ -68,9 +90,12 @@ class Watch:
         """Write what was found. Asked for with the partition's lock held."""
         state = AFTER[finding.found]
         if state in LIVE:
-            if state is record.state and not record.pending and record.reason == finding.reason:
+            # A reason that a command gave stays; one that a look gave is over when the next one does not give it.
+            given = record.reason if record.reason == self._kept.get(record.run) else ""
+            reason = finding.reason or given
+            if state is record.state and not record.pending and record.reason == reason:
                 return record
-            found = msgspec.structs.replace(record, state=state, pending="", reason=finding.reason)
+            found = msgspec.structs.replace(record, state=state, pending="", reason=reason)
             return self._book.put_late(found)
         self.ends["off" if finding.found is Found.OFF else "failed"] += 1
         reason = finding.reason or ("the guest powered itself off" if state is State.READY else finding.found.value)
@@ -98,7 +123,7 @@ class Watch:
         """Read back what the partition has of its cores and memory, and write what is another than it was."""
         try:
             grades = await self._backend.grade(record, repair=repair)
-        except EdgeholdError as error:
+        except (EdgeholdError, OSError) as error:  # OSError: of one of the kernel's files; no descriptor is left
             log.warning("partition %d: its grades can't be read: %s", record.id, error)
             return record
         if self._book.get(record.id) is not record or graded(record) == grades:

@@ -28,6 +28,7 @@ from edgehold.errors import (
     UnsupportedError,
 )
 from edgehold.testing.capability import guest_image, missing, need_command, need_root
+from edgehold.testing.load import eventually as eventually_true
 from edgehold.testing.partitions import PrivateVmand, private_vmand
 
 ROOT = Path(__file__).parents[2]
@@ -163,15 +164,18 @@ def threads(pid: int | None) -> set[int]:
 
 
 def _stands_still(tid: int) -> None:
-    """The thread uses no CPU over 0.3 s."""
+    """The thread uses no CPU over 0.3 s, soon after it was stopped."""
     import time
 
     def used() -> int:
         return int(Path(f"/proc/{tid}/schedstat").read_text().split()[0])
 
-    before = used()
-    time.sleep(0.3)
-    assert used() - before < 1_000_000
+    def still() -> bool:
+        before = used()
+        time.sleep(0.3)
+        return used() - before < 1_000_000
+
+    eventually_true(still, timeout_s=20, what="the vCPU stands still")
 
 
 async def test_the_command_line_in_both_spellings(vmand: PrivateVmand, image: tuple[Path, Path]) -> None:
@@ -286,7 +290,7 @@ async def test_a_panic_is_a_failure(vmand: PrivateVmand, client: VmandClient, im
 
 
 async def test_a_hung_qemu_times_out_and_nothing_else_waits(image: tuple[Path, Path]) -> None:
-    async with private_vmand(settings={"accelerator": "tcg", "qmp_timeout_s": 0.5}) as vmand:
+    async with private_vmand(settings={"accelerator": "tcg", "qmp_timeout_s": 3}) as vmand:
         async with deployed(vmand, image) as (one, watch), await vmand.client() as client:
             await watch.up()
             pid = (await client.status(one)).pid
@@ -294,7 +298,7 @@ async def test_a_hung_qemu_times_out_and_nothing_else_waits(image: tuple[Path, P
             assert vmand.guests() == [pid]
             with stopped(pid):
                 hung = asyncio.create_task(client.suspend(one))
-                assert (await client.status(one)).state is State.DEPLOYED
+                assert (await client.status(one)).state in {State.DEPLOYED, State.BUSY}
                 with pytest.raises(TimedOutError, match="did not answer to stop"):
                     await hung
                 assert (await client.status(one)).state is State.DEPLOYED

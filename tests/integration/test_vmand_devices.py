@@ -96,7 +96,7 @@ async def qemu(directory: Path, record: Record, images: Images) -> AsyncIterator
         directory=directory,
     )
     process = started(argv)
-    monitor = Monitor(directory / MONITOR, who="the test", timeout_s=30, on_event=lambda _name, _data: None)
+    monitor = Monitor(directory / MONITOR, who="the test", timeout_s=30, on_event=lambda _name: None)
     try:
         await monitor.wait_connected(BOOT_S)
         reader, writer = await asyncio.open_unix_connection(directory / CONSOLE)

@@ -245,7 +245,7 @@ async def test_a_bug_in_the_handling_of_an_event_ends_the_monitors_task(tmp_path
         await reader.read()
         writer.close()
 
-    def on_event(name: str, _data: dict[str, Any]) -> None:
+    def on_event(name: str) -> None:
         listens.set()
         if name == "STOP":
             raise ValueError("a bug")

@@ -47,7 +47,7 @@ def test_malformed_lists_of_cores(text: str) -> None:
         model.parse_cores(text)
 
 
-@pytest.mark.parametrize("name", ["", "a" * 33, "a b", "ä", "a/b", "\n", "a,b"])
+@pytest.mark.parametrize("name", ["", "a" * 33, "a b", "ä", "a/b", "\n", "a,b", "7", "007", "-a", "--force"])
 def test_bad_names(name: str) -> None:
     with pytest.raises(BadRequestError, match="name"):
         model.check_name(name, set())

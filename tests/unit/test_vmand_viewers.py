@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from edgehold.errors import NoCapacityError
 from vmand.backend import console as module
 from vmand.backend.console import Console
 
@@ -119,3 +120,12 @@ async def test_letting_go_ends_the_viewers(talk: tuple[Console, Guest]) -> None:
     with contextlib.closing(console.attach()) as one:
         await console.close()
         assert await read(one, 1) == b""
+
+
+async def test_viewers_are_bounded(talk: tuple[Console, Guest]) -> None:
+    console, _guest = talk
+    viewers = [console.attach() for _ in range(module.VIEWERS)]
+    with pytest.raises(NoCapacityError, match="one of them must leave"):
+        console.attach()
+    for one in viewers:
+        one.close()

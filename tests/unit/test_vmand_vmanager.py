@@ -195,6 +195,7 @@ class World:
 async def world(manager: FakeManager, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     for name in ("_LOOK_S", "_GRADE_S", "_VERB_S", "_SPARE_S", "_POLL_S"):
         monkeypatch.setattr(f"vmand.backend.vmanager.{name}", 0.05)
+    others = unknown_threads()
     one = World(manager)
     yield one
     for answer in manager.answers.values():
@@ -202,7 +203,7 @@ async def world(manager: FakeManager, monkeypatch: pytest.MonkeyPatch) -> AsyncI
             answer.set()
     await until(lambda: one.backend._calls._threads == 0)
     await one.backend.close()
-    await until(threads_have_ended)
+    await until(lambda: unknown_threads() <= others)
     assert manager.closed
 
 
@@ -212,10 +213,11 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def threads_have_ended() -> bool:
-    """A thread that is over for Python is there a moment longer for who looks into /proc."""
+def unknown_threads() -> int:
+    """The kernel's threads that Python does not have: one that is over is there a moment longer for who looks."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return f"\nThreads:\t{threading.active_count()}\n" in status
+    found = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("Threads:"))
+    return found - threading.active_count()
 
 
 @pytest.fixture
@@ -435,6 +437,7 @@ async def test_one_question_at_a_time_and_never_an_old_answer(world: World) -> N
 
 async def test_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmand.backend.vmanager_calls._MAX_THREADS", 3)
+    others = unknown_threads()
     manager, end = FakeManager(), threading.Event()
     calls = Calls(cast("Manager", manager))
     begun = [calls.begin(end.wait, "a call") for _ in range(3)]
@@ -444,7 +447,7 @@ async def test_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not manager.closed  # its number would become another file's under them
     end.set()
     assert await asyncio.gather(*begun) == [True] * 3
-    await until(threads_have_ended)
+    await until(lambda: unknown_threads() <= others)
     calls.close()
     assert manager.closed
 

@@ -11,6 +11,7 @@ from edgehold.api.vmand import CoresGrade, Event, MemoryGrade, Mode, State
 from edgehold.errors import (
     BadRequestError,
     BadStateError,
+    FailedError,
     NoCapacityError,
     NotFoundError,
     TimedOutError,
@@ -18,7 +19,7 @@ from edgehold.errors import (
 )
 from tests.unit.vmand_fake import PINNED, Daemon, Listener
 from vmand.backend import Grades, Trait
-from vmand.model import MIB, Found
+from vmand.model import MIB, Found, Record
 
 ISOLATED = Grades(cores=CoresGrade.ISOLATED, memory=MemoryGrade.LOCKED)
 
@@ -130,7 +131,7 @@ async def test_force_hurries_a_shutdown_that_waits(daemon: Daemon) -> None:
 async def test_a_graceful_reboot(daemon: Daemon, obeys: bool) -> None:
     one = await daemon.make(State.DEPLOYED)
     daemon.backend.obeys_after = 1 if obeys else 10**9
-    record = await daemon.service.reboot(one, graceful=True, timeout_s=0.02)
+    record = await daemon.service.reboot(one, graceful=True, timeout_s=20 if obeys else 0.02)
     assert (record.state, record.boot_count) == (State.DEPLOYED, 2)
     assert ("by force" in record.reason) == (not obeys)
 
@@ -221,3 +222,86 @@ async def test_a_graceful_reboot_that_was_cut_off(daemon: Daemon, found: Found) 
     await daemon.again()
     assert daemon.service.status(one).state is State.DEPLOYED
     assert daemon.world.guests == {record.run: Found.RUNNING}
+
+
+async def test_the_slot_of_an_end_that_is_not_written_is_given_to_nobody(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next start ends what the user of that slot runs: it must not be another's guest by then."""
+    one = await daemon.make(State.SUSPENDED)
+
+    def full(_partition: int) -> None:
+        raise FailedError("the journal can't be used: database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(daemon.store, "delete", full)
+        await daemon.service.destroy(one)
+        two = await daemon.make(State.DEPLOYED)
+    assert daemon.service.record(two).slot == 1
+    three = await daemon.make(State.READY)  # it can be written by now
+    assert daemon.service.record(three).slot == 0
+    await daemon.again()
+    assert [row.id for row in daemon.rows()] == [two, three]
+    assert daemon.service.status(two).state is State.DEPLOYED
+
+
+async def test_a_reason_that_a_command_gave_stays(daemon: Daemon) -> None:
+    one = await daemon.make(State.DEPLOYED)
+    daemon.backend.obeys_after = 10**9
+    await daemon.service.reboot(one, graceful=True, timeout_s=0.01)
+    run = daemon.service.record(one).run
+    daemon.backend.fail["look"] = TimedOutError("hangs")
+    await daemon.until(lambda: daemon.service.status(one).reason == "hangs")
+    daemon.backend.fail.clear()
+    await daemon.until(lambda: daemon.service.status(one).reason == "")
+    await daemon.service.reboot(one, graceful=True, timeout_s=0.01)
+    for _ in range(3):
+        daemon.backend.changed(one, run)
+        await asyncio.sleep(0.01)
+    assert "by force" in daemon.service.status(one).reason
+
+
+@pytest.mark.parametrize("state", [State.DEPLOYED, State.SUSPENDED])
+async def test_force_does_not_wait_for_a_button_that_hangs(
+    daemon: Daemon, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await daemon.make(state)
+    hangs = asyncio.Event()
+
+    async def hang(_record: Record) -> None:
+        hangs.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(daemon.backend, "press_power", hang)
+    monkeypatch.setattr(daemon.backend, "restore", hang)
+    waiting = asyncio.create_task(daemon.service.shutdown(one, timeout_s=60))
+    async with asyncio.timeout(20):
+        await hangs.wait()
+        record = await daemon.service.shutdown(one, force=True)
+        assert record.state is State.READY
+        assert (await waiting).reason == "ended by force: it was asked for"
+
+
+async def test_a_plain_shutdown_of_a_guest_whose_button_hangs_ends_by_force(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await daemon.make(State.SUSPENDED)
+
+    async def hang(_record: Record) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(daemon.backend, "restore", hang)
+    record = await daemon.service.shutdown(one, timeout_s=0.05)
+    assert (record.state, record.reason) == (
+        State.READY,
+        "ended by force: the guest did not power off within 0.05 s",
+    )
+
+
+async def test_a_guest_that_speaks_up_without_end_is_one_task(daemon: Daemon) -> None:
+    one = await daemon.make(State.DEPLOYED)
+    run = daemon.service.record(one).run
+    before = len(asyncio.all_tasks())
+    for _ in range(1000):
+        daemon.backend.changed(one, run)
+    assert len(asyncio.all_tasks()) <= before + 1

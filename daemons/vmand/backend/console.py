@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from edgehold.errors import TimedOutError
+from edgehold.errors import NoCapacityError, TimedOutError
 
 KEEP_BYTES = 64 * 1024
 _READ_BYTES = 16 * 1024
@@ -19,6 +19,7 @@ _RETRY_S = 0.01
 # A prompt ends without a line break: it is handed on when nothing has followed for so long.
 _IDLE_S = 0.5
 _LINE_LIMIT = 4096
+VIEWERS = 8
 _UNREAD_BYTES = 4 * KEEP_BYTES
 _TYPED_BYTES = 4096
 _TYPE_AGAIN_S = 0.1
@@ -147,8 +148,17 @@ class Console:
             self._on_text(text)
 
     def attach(self) -> socket.socket:
-        """A stream with the console: its last output, then what it prints; what is written to it is typed."""
-        here, there = socket.socketpair()
+        """A stream with the console: its last output, then what it prints; what is written to it is typed.
+
+        Raises:
+            NoCapacityError: as many as may be are attached, or this process has no descriptor left.
+        """
+        if len(self._viewers) >= VIEWERS:
+            raise NoCapacityError(f"{VIEWERS} are attached to the console of {self._who}; one of them must leave first")
+        try:
+            here, there = socket.socketpair()
+        except OSError as error:
+            raise NoCapacityError(f"the console of {self._who} can't be attached: {error.strerror}") from error
         here.setblocking(False)
         viewer = Viewer(here, type_in=self._type, gone=self._viewers.discard)
         self._viewers.add(viewer)

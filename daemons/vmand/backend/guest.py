@@ -5,7 +5,6 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from edgehold.api.vmand import Vcpu
 from edgehold.errors import EdgeholdError, FailedError
@@ -14,15 +13,13 @@ from vmand.backend import Ended, Finding
 from vmand.backend.command import CONSOLE, LOG, MONITOR
 from vmand.backend.console import Console
 from vmand.backend.process import Process
-from vmand.backend.qmp import CONNECTED, REASONS, Monitor
+from vmand.backend.qmp import REASONS, Monitor
 from vmand.backend.rundir import last_line
 from vmand.model import Found, Record, plain
 
 log = logging.getLogger(__name__)
 
 _QUIT_S = 1.0
-# Events that may change what the guest does; whoever hears of one looks.
-_TELLING = frozenset({CONNECTED, "SHUTDOWN", "STOP", "RESUME", "GUEST_PANICKED"})
 
 
 class Guest:
@@ -162,12 +159,11 @@ class Guest:
         await self.console.close()
         self.process.close()
 
-    def _event(self, name: str, data: dict[str, Any]) -> None:
-        log.debug("QEMU event %s %s", name, data)
+    def _event(self, name: str) -> None:
+        log.debug("QEMU event %s", name)
         if name == "SHUTDOWN":
             self._off.set()
-        if name in _TELLING:
-            self._changed()
+        self._changed()
 
     def _ended(self) -> None:
         self._off.set()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from edgehold.errors import BadRequestError, FailedError, UnsupportedError
 from edgehold.wire.peer import Peer
+from edgehold.wire.stream import duplicates
 from vmand.backend.kernelimage import X86_64, architecture
 from vmand.backend.rights import check_size, open_as
 from vmand.model import MIB, Images, OpenFile, check_cmdline
@@ -90,10 +91,14 @@ def _check_indices(named_ones: Mapping[str, int], count: int) -> None:
 
 def _duplicate(key: str, index: int, fd: int, limit_bytes: int) -> OpenFile:
     name = f"descriptor {index}"
-    flags, found = fcntl.fcntl(fd, fcntl.F_GETFL), os.fstat(fd)
+    try:
+        flags, found = fcntl.fcntl(fd, fcntl.F_GETFL), os.fstat(fd)
+    except OSError as error:  # a file system of the caller's own may refuse even that
+        raise BadRequestError(f"{key}: {name} can't be looked at: {error.strerror}") from error
     if not stat.S_ISREG(found.st_mode):
         raise BadRequestError(f"{key}: {name} is not a regular file or memfd; a pipe, socket or device can't be copied")
     if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
         raise BadRequestError(f"{key}: {name} is not open for reading")
     check_size(key, name, found.st_size, limit_bytes)
-    return OpenFile(fd=os.dup(fd), name=name)
+    (kept,) = duplicates((fd,))
+    return OpenFile(fd=kept, name=name)

@@ -285,12 +285,12 @@ class MemoryFiles:
             found = os.stat(self.path(uuid), follow_symlinks=False)  # noqa: PTH116 - half the price, each second
         except OSError as error:
             return f"its file can't be found: {error.strerror}"
-        if not stat.S_ISREG(found.st_mode) or (found.st_uid != os.geteuid() and found.st_uid != user()):
-            return f"its file is not ours (uid {found.st_uid})"
         if found.st_size != size:
             return f"its file has {found.st_size} bytes and not {size}"
         if (there := found.st_blocks * _BLOCK) < size:
             return f"only {there // MIB} of {size // MIB} MiB are allocated: somebody made holes in its file"
+        if not stat.S_ISREG(found.st_mode) or (found.st_uid != os.geteuid() and found.st_uid != user()):
+            return f"its file is not ours (uid {found.st_uid})"
         return ""
 
     def _status(self, pid: int, field: bytes) -> int | None:
@@ -321,7 +321,11 @@ def check_directory(path: Path) -> None:
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
     """MemAvailable: what can be taken without pushing the host into swapping (proc(5))."""
-    for line in meminfo.read_text(encoding="ascii").splitlines():
+    try:
+        text = meminfo.read_text(encoding="ascii")
+    except OSError as error:
+        raise FailedError(f"{meminfo}: {error.strerror}") from error
+    for line in text.splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise FailedError(f"{meminfo}: no MemAvailable")

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgehold.errors import FailedError
+
 MOUNTINFO = Path("/proc/self/mountinfo")
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
@@ -77,4 +79,6 @@ def active_swaps(swaps: Path = Path("/proc/swaps")) -> tuple[str, ...]:
         lines = swaps.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except FileNotFoundError:
         return ()
+    except OSError as error:
+        raise FailedError(f"{swaps}: {error.strerror}") from error
     return tuple(line.split()[0] for line in lines[1:] if line.strip())

@@ -12,7 +12,7 @@ from edgehold.api.vmand import Check, CoresGrade, MemoryGrade, Mode, Vcpu
 from edgehold.errors import EdgeholdError, FailedError
 from vmand.backend import Changed, Ended, Finding, Grades, Host, Output, Running, Trait, devices, doctor, dtb, dtbcheck
 from vmand.backend import images as opened_images
-from vmand.backend.command import Files, MemoryBacking, qemu_argv
+from vmand.backend.command import LOG, Files, MemoryBacking, qemu_argv
 from vmand.backend.cores import Cores, usable
 from vmand.backend.cpuset import Cpusets
 from vmand.backend.guest import Guest
@@ -24,7 +24,7 @@ from vmand.backend.rundir import RunDirs
 from vmand.backend.steering import Steering
 from vmand.backend.topology import isolated_by_boot
 from vmand.config import Config
-from vmand.model import LIVE, MIB, Found, Images, OpenFile, Record
+from vmand.model import LIVE, MIB, Found, Images, OpenFile, Record, plain
 from vmand.placement import LINUX, Topology
 
 log = logging.getLogger(__name__)
@@ -193,6 +193,8 @@ class QemuBackend:
         return await guest.look()
 
     async def grade(self, record: Record, *, repair: bool = False) -> Grades:
+        if record.run:
+            self._dirs.shorten(record.id, LOG)
         memory, memory_reason = self._memory.grade(record.uuid, record.memory_bytes, pid=record.pid)
         if memory is record.memory_grade is MemoryGrade.LOCKED:
             memory_reason = record.memory_reason  # why it got no huge pages is known best from its create
@@ -205,12 +207,14 @@ class QemuBackend:
             if record.mode is Mode.DEDICATED:
                 try:
                     tids = await guest.threads(limit_s=_THREADS_S)
-                except EdgeholdError as error:
-                    log.debug("partition %d: its threads are not known: %s", record.id, error)
-            if tids or record.mode is Mode.SHARED:
-                if repair:
-                    self._cores.repair(record, pid=record.pid, tids=tids)
-                cores, cores_reason = self._cores.read(record, pid=record.pid, tids=tids)
+                except EdgeholdError as error:  # what can't be looked at is not claimed
+                    reason = plain(f"its threads can't be known: {error.message}")
+                    return Grades(
+                        cores=CoresGrade.SHARED, cores_reason=reason, memory=memory, memory_reason=memory_reason
+                    )
+            if repair:
+                self._cores.repair(record, pid=record.pid, tids=tids)
+            cores, cores_reason = self._cores.read(record, pid=record.pid, tids=tids)
         return Grades(cores=cores, cores_reason=cores_reason, memory=memory, memory_reason=memory_reason)
 
     async def suspend(self, record: Record) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +29,9 @@ CONNECTED = "CONNECTED"
 """Our own event: what happened while nobody listened is not known, so look."""
 _RETRY_S = 0.01
 _RETRY_MAX_S = 1.0
+_MAX_EVENTS = 1000
+_TELLING = ("SHUTDOWN", "STOP", "RESUME", "GUEST_PANICKED")
+"""QEMU's events that may change what the guest does; whoever hears of one looks."""
 
 STATUS: dict[str, Found] = {
     "running": Found.RUNNING,
@@ -72,9 +76,7 @@ class VcpuThread(msgspec.Struct, frozen=True, rename="kebab"):
 class Monitor:
     """The conversation with one QEMU."""
 
-    def __init__(
-        self, path: Path, *, who: str, timeout_s: float, on_event: Callable[[str, dict[str, Any]], None]
-    ) -> None:
+    def __init__(self, path: Path, *, who: str, timeout_s: float, on_event: Callable[[str], None]) -> None:
         self._path = path
         self._who = who
         self._timeout_s = timeout_s
@@ -189,28 +191,28 @@ class Monitor:
             await client.connect(str(self._path))
         except ConnectError:
             return False
+        since = time.monotonic()
+        reader = asyncio.create_task(self._events(client), name=f"events of {self._who}")
+        end = asyncio.create_task(self._end(client), name=f"end of {self._who}")
         try:
-            with client.listener() as listener:
-                self._client = client
-                self._connected.set()
-                self._on_event(CONNECTED, {})
-                reader = asyncio.create_task(self._events(listener), name=f"events of {self._who}")
-                end = asyncio.create_task(self._end(client), name=f"end of {self._who}")
-                try:
-                    done, _ = await asyncio.wait({reader, end}, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        task.result()  # a bug in one of them is a bug in this one
-                finally:
-                    for task in (reader, end):
-                        task.cancel()
-                    await asyncio.gather(reader, end, return_exceptions=True)
+            self._client = client
+            self._connected.set()
+            self._on_event(CONNECTED)
+            try:
+                done, _ = await asyncio.wait({reader, end}, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # a bug in one of them is a bug in this one
+            finally:
+                for task in (reader, end):
+                    task.cancel()
+                await asyncio.gather(reader, end, return_exceptions=True)
         finally:
             self._client = None
             if not self._dead:
                 self._connected.clear()
             with contextlib.suppress(Exception):  # the library raises here what ended the connection: known already
                 await client.disconnect()
-        return True
+        return time.monotonic() - since > _RETRY_MAX_S  # one that closes at once is waited for longer and longer
 
     @staticmethod
     async def _end(client: "QMPClient") -> None:
@@ -219,7 +221,19 @@ class Monitor:
         while client.runstate is Runstate.RUNNING:
             await client.runstate_changed()
 
-    async def _events(self, listener: Any) -> None:
-        async for event in listener:
-            data = event.get("data")
-            self._on_event(plain(str(event["event"]), 64), data if isinstance(data, dict) else {})
+    async def _events(self, client: "QMPClient") -> None:
+        """Each kind of event once, however often it came meanwhile: whoever hears of one looks for himself.
+
+        Ends where more came at once than any QEMU says.
+        """
+        while True:
+            with client.listener(_TELLING) as listener:
+                heard = 0
+                while heard < _MAX_EVENTS:  # then another listener: the library keeps all that one has had
+                    came = [await listener.get(), *listener.clear()]
+                    for name in dict.fromkeys(str(one["event"]) for one in came):
+                        self._on_event(plain(name, 64))
+                    if len(came) > _MAX_EVENTS:
+                        log.warning("QEMU of %s says more than it can have to say; its monitor is closed", self._who)
+                        return
+                    heard += len(came)

@@ -17,15 +17,16 @@ from typing import NoReturn
 
 from edgehold.errors import BadRequestError, EdgeholdError, FailedError, NoCapacityError, TimedOutError
 from vmand.backend.removal import remove_tree
+from vmand.backend.users import uids_from
 from vmand.model import MIB, Record, plain
 
 _NAME = re.compile(r"[1-9][0-9]{0,18}")
-_SLOTS = 1024  # `Limits.partitions` of the settings
 _PIECE = 1 * MIB
 _COPY_S = 120.0
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # capabilities(7), by number: what it takes to run a process as another user and to end it.
+_MAX_LOG_BYTES = 1024 * 1024
 _NEEDED = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3, "CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7}
 _NEEDED |= {"CAP_SETPCAP": 8}
 _RAISING = {"CAP_SYS_RESOURCE": 24}
@@ -64,7 +65,7 @@ class RunDirs:
     @property
     def uids(self) -> range:
         """All uids that are partitions' own; empty where vmand could not have started anything as another user."""
-        return range(self._first, self._first + _SLOTS) if self._first and os.geteuid() == 0 else range(0)
+        return uids_from(self._first)
 
     @property
     def privileged(self) -> bool:
@@ -191,6 +192,22 @@ class RunDirs:
                 os.fchmod(directory, 0o750)
         except OSError as error:
             raise FailedError(f"{self.path(record.id)}: {error.strerror}") from error
+
+    def shorten(self, partition: int, name: str) -> None:
+        """Empty a log that has grown long: what QEMU prints must not fill the file system for the others."""
+        try:
+            with self._open(partition) as directory:
+                fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        except OSError:
+            return
+        try:
+            found = os.fstat(fd)
+            if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_size > _MAX_LOG_BYTES:
+                os.ftruncate(fd, 0)
+        except OSError:
+            return
+        finally:
+            os.close(fd)
 
     def remove(self, partition: int) -> None:
         """Remove the directory with all that is in it. Idempotent. A directory with very many files takes seconds.
