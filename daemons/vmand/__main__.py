@@ -80,7 +80,7 @@ async def _alive(
         )
         stack.push_async_callback(service.close)
         await recover(service)
-        api = Api(service, config=config, host_cores=os.cpu_count() or 1)
+        api = Api(service, config=config, host_cores=max(os.cpu_count() or 1, max(topology.online, default=0) + 1))
         # The first deploy needs the answer; trying may take seconds and must delay neither the start nor the stop.
         probe = asyncio.create_task(service.backend.host(), name="which accelerator")
         stack.push_async_callback(_drop, probe)

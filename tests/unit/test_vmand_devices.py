@@ -194,7 +194,7 @@ class Peer:
 async def test_a_descriptor_comes_with_its_own_command(tmp_path: Path) -> None:
     peer = Peer(tmp_path / "s")
     serving = asyncio.create_task(peer.serve())
-    monitor = qmp.Monitor(tmp_path / "s", who="partition 1", timeout_s=30, on_event=lambda _name, _data: None)
+    monitor = qmp.Monitor(tmp_path / "s", who="partition 1", timeout_s=30, on_event=lambda _name: None)
     try:
         with Path("/dev/null").open("rb") as file:  # noqa: ASYNC230 - it does not wait
             wanted = [monitor.call("getfd", {"fdname": str(n)}, fd=file.fileno()) for n in range(8)]
@@ -206,7 +206,7 @@ async def test_a_descriptor_comes_with_its_own_command(tmp_path: Path) -> None:
 
 
 async def test_a_descriptor_for_a_monitor_that_is_gone(tmp_path: Path) -> None:
-    monitor = qmp.Monitor(tmp_path / "none", who="partition 1", timeout_s=30, on_event=lambda _name, _data: None)
+    monitor = qmp.Monitor(tmp_path / "none", who="partition 1", timeout_s=30, on_event=lambda _name: None)
     monitor.give_up()
     try:
         with pytest.raises(UnavailableError, match="QEMU of partition 1 closed its monitor"):

@@ -155,6 +155,8 @@ class QemuBackend:
         with opened_images.named(copies):
             await guest.connect(self._config.start_timeout_s)
             self._dirs.seal(record)
+            # QEMU has read them, and a reset needs them no more: the runtime directory is memory of the host.
+            self._dirs.drop(record.id, [path.name for path in copies])
             await devices.plug(guest.monitor.call, record, images)
         if record.mode is Mode.DEDICATED:
             tids = await guest.threads()

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -192,6 +192,19 @@ class RunDirs:
                 os.fchmod(directory, 0o750)
         except OSError as error:
             raise FailedError(f"{self.path(record.id)}: {error.strerror}") from error
+
+    def drop(self, partition: int, names: Iterable[str]) -> None:
+        """Remove files of a run that are needed no more.
+
+        Raises:
+            FailedError: one can't be removed.
+        """
+        try:
+            with self._open(partition) as directory:
+                for name in names:
+                    os.unlink(name, dir_fd=directory)
+        except OSError as error:
+            raise FailedError(f"{self.path(partition)}: {error.strerror}") from error
 
     def shorten(self, partition: int, name: str) -> None:
         """Empty a log that has grown long: what QEMU prints must not fill the file system for the others."""
