@@ -13,7 +13,7 @@ import msgspec
 from edgehold.api.vmand import CoresGrade, State
 from edgehold.clock import NS_PER_S, Clock
 from edgehold.errors import EdgeholdError
-from vmand.backend import Backend, Finding, Grades
+from vmand.backend import Backend, Finding, Grades, Trait
 from vmand.book import Book
 from vmand.model import AFTER, LIVE, Found, Record, plain
 from vmand.tasks import Tasks
@@ -105,7 +105,8 @@ class Watch:
             log.error("partition %d failed: %s", record.id, reason, extra=fields)
             last = self._last_output(record)
             if finding.found is Found.GONE:
-                reason += "; vmanctl console --tail has its last output, shutdown makes it READY"
+                has = "vmanctl console --tail has its last output, " if Trait.CONSOLE in self._backend.traits else ""
+                reason += f"; {has}shutdown makes it READY"
         # Written before its process is ended: after a crash in between it would seem to have died.
         begun = msgspec.structs.replace(record, state=state, reason=reason, last_output=last, pending="")
         self._book.put_late(begun, quiet=True)
