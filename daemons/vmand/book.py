@@ -13,7 +13,7 @@ import msgspec
 
 from edgehold.errors import BadStateError, EdgeholdError, FailedError, NotFoundError
 from vmand.events import Hub
-from vmand.model import DEPLOY, DESTROY, LONG, SHUTDOWN, TABLE, Record
+from vmand.model import DEPLOY, DESTROY, LIVE, LONG, OF_A_RUN, SHUTDOWN, TABLE, Record
 from vmand.store import Store
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Book:
             before = self.record(partition)
             TABLE.check(command, before.state, who=str(partition))
             intent = msgspec.structs.replace(before, pending=command, **changes)
-            self.store.save(intent)
+            self.store.save(intent, synced=command not in OF_A_RUN)
             self._records[partition] = intent
             if command in LONG:
                 self.hub.state(intent)
@@ -128,8 +128,10 @@ class Book:
     def put_late(self, record: Record, *, quiet: bool = False) -> Record:
         """Write what has happened already. If that can't be written, it stands all the same: the intent is in the
         journal, and a restart comes to the same outcome from it."""
+        before = self._records.get(record.id)
+        of_a_run = before is not None and before.pending in OF_A_RUN and record.state in LIVE
         try:
-            self.store.save(record)
+            self.store.save(record, synced=not of_a_run)
         except FailedError as error:
             log.error("partition %d: the outcome is not written: %s", record.id, error)  # noqa: TRY400
         return self._keep(record, quiet=quiet)

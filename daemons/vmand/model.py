@@ -46,6 +46,8 @@ TABLE: Transitions[State] = Transitions(
 )
 LONG = frozenset({DEPLOY, SHUTDOWN, DESTROY})
 """Commands that take long enough for the state BUSY to be told to those who watch."""
+OF_A_RUN = frozenset({SUSPEND, RESTORE, REBOOT})
+"""Commands whose effect is a running guest's: it ends with a power cut, and the journal need not outlive it."""
 LIVE = frozenset({State.DEPLOYED, State.SUSPENDED})
 """The states in which a guest has a process."""
 

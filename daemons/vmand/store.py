@@ -2,7 +2,8 @@
 
 One row a partition. A command writes its intent (`Record.pending`) before it acts and its outcome before it answers;
 a row with an intent at start is a command that was cut off (recovery.py says what happens then). Calls block for one
-fsync; they are made by the service alone, between two awaits.
+fsync; they are made by the service alone, between two awaits. Only whether a guest is suspended is not synced: a power
+cut ends every guest, and a kill of vmand loses nothing that the kernel has.
 """
 
 import sqlite3
@@ -26,7 +27,7 @@ class Store:
         self._path = path
         try:
             self._db = sqlite3.connect(path, isolation_level=None)
-            # A power cut loses nothing that was answered: WAL with a sync at each commit.
+            # A power cut loses nothing that was answered and outlives it: WAL with a sync at each commit.
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             found = int(self._db.execute("PRAGMA user_version").fetchone()[0])
@@ -44,6 +45,7 @@ class Store:
     def insert(self, record: Record) -> int:
         """Write a new partition. Returns its id; ids are never used twice."""
         try:
+            self._db.execute("PRAGMA synchronous=FULL")
             row = self._db.execute("INSERT INTO partition (record) VALUES (?)", (msgspec.json.encode(record),))
         except sqlite3.Error as error:
             raise self._failed(error) from error
@@ -51,9 +53,14 @@ class Store:
             raise FailedError(f"{self._path}: no id for the new row")
         return row.lastrowid
 
-    def save(self, record: Record) -> None:
-        """Write what is known of a partition now."""
+    def save(self, record: Record, *, synced: bool = True) -> None:
+        """Write what is known of a partition now.
+
+        ``synced`` False: a power cut may lose it, the end of vmand may not. For what ends with a power cut anyway.
+        """
         try:
+            # WAL: NORMAL leaves out the sync of a commit and keeps the order of all (sqlite.org/pragma.html).
+            self._db.execute(f"PRAGMA synchronous={'FULL' if synced else 'NORMAL'}")
             self._db.execute("UPDATE partition SET record = ? WHERE id = ?", (msgspec.json.encode(record), record.id))
         except sqlite3.Error as error:
             raise self._failed(error) from error
@@ -61,6 +68,7 @@ class Store:
     def delete(self, partition: int) -> None:
         """Forget a partition."""
         try:
+            self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("DELETE FROM partition WHERE id = ?", (partition,))
         except sqlite3.Error as error:
             raise self._failed(error) from error

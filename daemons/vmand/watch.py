@@ -15,7 +15,7 @@ from edgehold.clock import NS_PER_S, Clock
 from edgehold.errors import EdgeholdError
 from vmand.backend import Backend, Finding, Grades, Trait
 from vmand.book import Book
-from vmand.model import AFTER, LIVE, Found, Record, plain
+from vmand.model import AFTER, LIVE, RESTORE, SUSPEND, Found, Record, plain
 from vmand.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ REPAIR_EVERY_S = 30.0
 ASK_EVERY_S = 5.0
 # Pauses between looks at a guest whose QEMU does not answer.
 _LOOK_AGAIN_S, _LOOK_AGAIN_MAX_S = 0.5, 30.0
+_EXPECTED = {
+    State.DEPLOYED: Found.RUNNING,
+    State.SUSPENDED: Found.PAUSED,
+    SUSPEND: Found.PAUSED,
+    RESTORE: Found.RUNNING,
+}
+"""By state, or by the command that is under way: what a guest does then."""
 _LAST_LINES, _LAST_CHARACTERS = 20, 2000
 
 
@@ -58,8 +65,11 @@ class Watch:
         self._tasks.loop(self._keep_grading(), "grades")
         self._tasks.loop(self._keep_asking(), "ask guests")
 
-    def changed(self, partition: int, run: str) -> None:
+    def changed(self, partition: int, run: str, found: Found | None = None) -> None:
         """Something happened to a guest. One who says so without end is looked at one time after the other."""
+        record = self._current(partition, run)
+        if record is not None and found is not None and found is _EXPECTED.get(record.pending or record.state):
+            return  # it is what a command did, or is doing
         if run not in self._news:
             self._news.add(run)
             self._tasks.spawn(self._hear(partition, run), f"look at partition {partition}")

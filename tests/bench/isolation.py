@@ -12,8 +12,9 @@ import os
 import re
 import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from edgehold.api.vmand import Mode, State, VmandClient
 from edgehold.cli import table
@@ -23,13 +24,15 @@ from tests.bench import strangers
 from tests.bench.figures import CMDLINE, Lines, as_installed, consoles, need_guest, percentile, write
 
 ATTACKS = ("memory", "fork")
-# vmand gives core 0 to nobody: it is where a shared partition can be kept away from a dedicated one.
-ATTACKER_CORES = frozenset({0})
+# vmand gives core 0 to nobody: there a shared partition can be kept away from a dedicated one.
+LINUX_CORES = frozenset({0})
 PINNED, SHARED = "pinned", "shared"
 VICTIM_GB, ATTACKER_GB = 0.125, 0.25
 BAR = 1.25
 """p99 under attack over p99 without, where the victim is pinned."""
 SETTLE_S = 2.0
+# How often a phase is measured that strangers disturb, until its round is void.
+REPEATS = 3
 JOB = re.compile(r"edgehold-job n=\d+ release_ms=\S+ response_ms=(\d+\.\d+)\r?\n")
 
 
@@ -41,6 +44,10 @@ class Phase:
     """An attack, or ``quiet``."""
     responses_ms: tuple[float, ...]
     strangers_cpus: float
+    waited_ms_per_s: float
+    """How long the victim's vCPU could run and did not, because its core was another's (run_delay of schedstat)."""
+    void: bool
+    """Strangers disturbed it: it does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +60,19 @@ class Round:
     void: str
     """Why it does not count; empty where it does."""
 
+    def good(self) -> list[Phase]:
+        """The phases that count, in their order."""
+        return [one for one in self.phases if not one.void]
+
     def quiet(self, attack: str) -> list[float]:
         """The responses before and after an attack."""
-        at = [one.name for one in self.phases].index(attack)
-        return [*self.phases[at - 1].responses_ms, *self.phases[at + 1].responses_ms]
+        good = self.good()
+        at = [one.name for one in good].index(attack)
+        return [*good[at - 1].responses_ms, *good[at + 1].responses_ms]
 
     def attacked(self, attack: str) -> list[float]:
         """The responses during an attack."""
-        return [value for one in self.phases if one.name == attack for value in one.responses_ms]
+        return [value for one in self.good() if one.name == attack for value in one.responses_ms]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +105,7 @@ class Bench:
         self.lines = lines
         self.options = options
         self.grade = ""
+        self.all_cores = frozenset(os.sched_getaffinity(0))
 
     async def round(self, placement: str, number: int) -> Round:
         """Boot the victim and attack it, unless it turns out to be void. Nothing of it is left afterwards."""
@@ -111,6 +124,9 @@ class Bench:
             Void: a phase does not count.
         """
         mode = Mode.DEDICATED if placement == PINNED else Mode.SHARED
+        # Who only watches must not be what disturbs.
+        for pid in (os.getpid(), self.vmand.pid):
+            keep_on(pid, LINUX_CORES if placement == PINNED else self.all_cores)
         job = f"edgehold.job_ms={self.options.job_ms:g} edgehold.period_ms={self.options.period_ms:g}"
         async with self.guest(
             mode=mode, cores=1, memory_gb=VICTIM_GB, arguments=job, words="edgehold-job n="
@@ -140,7 +156,7 @@ class Bench:
         try:
             await self.client.deploy(one, kernel=kernel, initrd=initrd, cmdline=f"{CMDLINE} {arguments}")
             if confined:
-                confine((await self.client.status(one)).pid)
+                keep_on((await self.client.status(one)).pid or 0, LINUX_CORES)
             await self.lines.until(one, words)
             yield one
         finally:
@@ -150,22 +166,37 @@ class Bench:
             self.lines.forget(one)
 
     async def phase(self, name: str, victim: int, phases: list[Phase]) -> None:
-        """Wait until strangers are quiet (not for ever), let it run, and collect what the victim says.
+        """Wait until strangers are quiet (not for ever), then measure; again where they came back meanwhile.
 
         Raises:
-            Void: strangers disturbed it, or the victim said nothing.
+            Void: they always did, or the victim said nothing.
         """
-        for _ in range(max(round(self.options.patience / SETTLE_S), 1)):
-            if await self.disturbed(SETTLE_S) <= self.options.strangers:
-                break
+        for _ in range(REPEATS):
+            for _ in range(max(round(self.options.patience / SETTLE_S), 1)):
+                if await self.disturbed(SETTLE_S) <= self.options.strangers:
+                    break
+            phases.append(await self.measured(name, victim))
+            if not phases[-1].void:
+                return
+        raise Void(f"strangers disturbed {name} {REPEATS} times")
+
+    async def measured(self, name: str, victim: int) -> Phase:
+        """What the victim says in the seconds from now on.
+
+        Raises:
+            Void: nothing.
+        """
+        pid = (await self.client.status(victim)).pid or 0
+        (vcpu,) = await self.client.vcpus(victim)
         self.lines.forget(victim)
+        waited = waited_ns(pid, vcpu.tid)
         cpus = await self.disturbed(self.options.seconds)
+        waited = waited_ns(pid, vcpu.tid) - waited
         responses = tuple(float(one) for one in JOB.findall(self.lines.text(victim)))
-        phases.append(Phase(name, responses, cpus))
-        if cpus > self.options.strangers:
-            raise Void(f"strangers used {cpus:.2f} CPUs")
         if not responses:
             raise Void("the victim said nothing")
+        void = cpus > self.options.strangers
+        return Phase(name, responses, cpus, waited / 1e6 / self.options.seconds, void)
 
     async def disturbed(self, seconds: float) -> float:
         """What strangers use in so many seconds from now on, in CPUs."""
@@ -175,13 +206,16 @@ class Bench:
         return strangers.between(before, strangers.usage(pids))
 
 
-def confine(pid: int | None) -> None:
-    """Keep every thread of a guest's process on the attacker's core; threads that it starts later inherit it."""
-    if pid is None:
-        raise RuntimeError("the attacker has no process")
+def keep_on(pid: int, cores: Collection[int]) -> None:
+    """Let every thread of a process run on these cores only; threads that it starts later inherit it."""
     for tid in procfs.threads(pid):
         with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(tid, ATTACKER_CORES)
+            os.sched_setaffinity(tid, cores)
+
+
+def waited_ns(pid: int, tid: int) -> int:
+    """How long a thread has waited for a core so far: the second number of its schedstat (sched-stats.rst)."""
+    return int(Path(f"/proc/{pid}/task/{tid}/schedstat").read_text().split()[1])
 
 
 def result(placement: str, attack: str, rounds: Sequence[Round]) -> Result:
@@ -205,17 +239,17 @@ def result(placement: str, attack: str, rounds: Sequence[Round]) -> Result:
 
 def show_round(one: Round) -> None:
     """Its phases, a line each."""
-    if not one.phases:
-        print(f"{one.placement:6} {one.number:2}  VOID: {one.void}", flush=True)
-    for n, phase in enumerate(one.phases, 1):
-        times = phase.responses_ms or (float("nan"),)
-        p50, p99, worst = (percentile(times, share) for share in (0.5, 0.99, 1.0))
-        void = f"  VOID: {one.void}" if one.void and n == len(one.phases) else ""
+    for phase in one.phases:
+        p50, p99, worst = (percentile(phase.responses_ms, share) for share in (0.5, 0.99, 1.0))
+        void = "  VOID" if phase.void else ""
         print(
             f"{one.placement:6} {one.number:2}  {phase.name:6}  {len(phase.responses_ms):4} jobs  p50 {p50:7.2f}  "
-            f"p99 {p99:7.2f}  max {worst:7.2f} ms  strangers {phase.strangers_cpus:.2f} CPUs{void}",
+            f"p99 {p99:7.2f}  max {worst:7.2f} ms  waited {phase.waited_ms_per_s:5.1f} ms/s  "
+            f"strangers {phase.strangers_cpus:.2f} CPUs{void}",
             flush=True,
         )
+    if one.void:
+        print(f"{one.placement:6} {one.number:2}  the round is VOID: {one.void}", flush=True)
 
 
 def show(results: Sequence[Result], *, grade: str) -> None:
@@ -255,10 +289,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tries", type=int, default=6, help="rounds at most, of each placement (default: 6)")
     parser.add_argument("--seconds", type=float, default=30.0, help="length of each phase (default: 30)")
     parser.add_argument(
-        "--strangers", type=float, default=0.1, help="CPUs that others may use in a phase of a round that counts"
+        "--strangers", type=float, default=0.15, help="CPUs that others may use in a phase that counts (default: 0.15)"
     )
     parser.add_argument(
-        "--patience", type=float, default=60.0, help="seconds to wait for strangers to be quiet before each phase"
+        "--patience", type=float, default=60.0, help="seconds to wait for strangers before each phase (default: 60)"
     )
     parser.add_argument("--job-ms", type=float, default=10.0, help="the victim's work each period (default: 10)")
     parser.add_argument("--period-ms", type=float, default=100.0, help="the victim's period (default: 100)")

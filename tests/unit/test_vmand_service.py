@@ -261,12 +261,12 @@ def cut_after(store: Store, writes: int, monkeypatch: pytest.MonkeyPatch) -> Non
     """From the given write on the daemon is dead: nothing more is written."""
     left = [writes]
 
-    def guard(real: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def write(argument: Any) -> Any:
+    def guard(real: Callable[..., Any]) -> Callable[..., Any]:
+        def write(argument: Any, **options: Any) -> Any:
             if left[0] == 0:
                 raise Cut
             left[0] -= 1
-            return real(argument)
+            return real(argument, **options)
 
         return write
 
@@ -442,12 +442,12 @@ async def test_a_full_disk(
     one = await daemon.make(State(state)) if state else 0
     left = [writes]
 
-    def guard(real: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def write(argument: Any) -> Any:
+    def guard(real: Callable[..., Any]) -> Callable[..., Any]:
+        def write(argument: Any, **options: Any) -> Any:
             if left[0] == 0:
                 raise FailedError("the journal can't be used: database or disk is full")
             left[0] -= 1
-            return real(argument)
+            return real(argument, **options)
 
         return write
 

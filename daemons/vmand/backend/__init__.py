@@ -79,8 +79,13 @@ class Host:
     archs: tuple[str, ...]
 
 
-Changed = Callable[[int, str], None]
-"""(partition, run): look at the guest, something happened to it."""
+class Changed(Protocol):
+    """Told of a guest to which something happened."""
+
+    def __call__(self, partition: int, run: str, found: Found | None = None, /) -> None:
+        """Look at this run of this partition's guest. ``found``: what it is said to do; None: who knows."""
+
+
 Output = Callable[[int, str], None]
 """(partition, text): lines of the guest's console."""
 

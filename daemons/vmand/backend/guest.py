@@ -20,6 +20,8 @@ from vmand.model import Found, Record, plain
 log = logging.getLogger(__name__)
 
 _QUIT_S = 1.0
+_SAID = {"STOP": Found.PAUSED, "RESUME": Found.RUNNING}
+"""Events that say what the guest does; the others are looked at."""
 
 
 class Guest:
@@ -32,7 +34,7 @@ class Guest:
         directory: Path,
         *,
         qmp_timeout_s: float,
-        changed: Callable[[], None],
+        changed: Callable[[Found | None], None],
         output: Callable[[str], None],
         ended: Ended,
     ) -> None:
@@ -163,9 +165,9 @@ class Guest:
         log.debug("QEMU event %s", name)
         if name == "SHUTDOWN":
             self._off.set()
-        self._changed()
+        self._changed(_SAID.get(name))
 
     def _ended(self) -> None:
         self._off.set()
         self.monitor.give_up()
-        self._changed()
+        self._changed(None)

@@ -58,7 +58,7 @@ class QemuBackend:
         self._launcher = Launcher(config, self._dirs)
         self._machines = Machines(config)
         self._guests: dict[int, Guest] = {}
-        self._changed: Changed = lambda _id, _run: None
+        self._changed: Changed = lambda _id, _run, _found=None: None
         self._output: Output = lambda _id, _text: None
         self._ended: Ended = lambda _task: None
         self._last_console: dict[int, str] = {}
@@ -289,7 +289,7 @@ class QemuBackend:
             process,
             self._dirs.path(record.id),
             qmp_timeout_s=self._config.qmp_timeout_s,
-            changed=lambda: self._changed(record.id, record.run),
+            changed=lambda found: self._changed(record.id, record.run, found),
             output=lambda text: self._output(record.id, text),
             ended=self._ended,
         )

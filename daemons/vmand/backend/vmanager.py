@@ -62,7 +62,7 @@ class VmanagerBackend:
         self._runs: dict[int, str] = {}
         self._presses: dict[int, asyncio.Future[vmanager.State]] = {}
         self._polling: asyncio.Task[None] | None = None
-        self._changed: Changed = lambda _id, _run: None
+        self._changed: Changed = lambda _id, _run, _found=None: None
         self._ended: Ended = lambda _task: None
 
     def begin(self, *, changed: Changed, output: Output, ended: Ended) -> None:  # noqa: ARG002 - there is no console
