@@ -66,11 +66,14 @@ class Book:
             BadStateError: the state does not allow it, or another command takes longer than we wait for it.
         """
         lock = self.lock(partition)
-        try:
-            async with asyncio.timeout(self._patience_s):
-                await lock.acquire()
-        except TimeoutError:
-            self.refuse_busy(partition, command)
+        if not lock.locked():
+            await lock.acquire()
+        else:
+            try:
+                async with asyncio.timeout(self._patience_s):
+                    await lock.acquire()
+            except TimeoutError:
+                self.refuse_busy(partition, command)
         try:
             before = self.record(partition)
             TABLE.check(command, before.state, who=str(partition))

@@ -28,6 +28,8 @@ class Store:
         try:
             self._db = sqlite3.connect(path, isolation_level=None)
             # A power cut loses nothing that was answered and outlives it: WAL with a sync at each commit.
+            # No other process reads it while we run: no lock is taken anew for each statement.
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             found = int(self._db.execute("PRAGMA user_version").fetchone()[0])

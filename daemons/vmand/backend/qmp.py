@@ -119,7 +119,8 @@ class Monitor:
         from qemu.qmp import ExecuteError, QMPError  # noqa: PLC0415 - 4 MB that a vmand without guests need not hold
 
         timeout_s = min(self._timeout_s, limit_s)
-        await self.wait_connected(timeout_s)
+        if not self._connected.is_set():
+            await self.wait_connected(timeout_s)
         client = self._client
         if client is None:
             raise UnavailableError(f"QEMU of {self._who} closed its monitor")
