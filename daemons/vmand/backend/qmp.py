@@ -185,9 +185,11 @@ class Monitor:
 
     async def _converse(self) -> bool:
         """One connection, from its greeting to its end; whether there was one."""
-        from qemu.qmp import ConnectError, QMPClient  # noqa: PLC0415 - see call
+        from qemu.qmp import ConnectError  # noqa: PLC0415 - see call
 
-        client = QMPClient(self._who)
+        from vmand.backend.qmpclient import Client  # noqa: PLC0415
+
+        client = Client(self._who)
         try:
             await client.connect(str(self._path))
         except ConnectError:
