@@ -5,7 +5,6 @@ import gzip
 import os
 import re
 import subprocess
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from edgehold.api.vmand import Mode, State, VmandClient
 from edgehold.errors import BadRequestError, UnsupportedError
 from edgehold.testing.capability import guest_image, need_command
 from edgehold.testing.devicetree import Tree, blob, cells, changed, texts, virt, wide
-from edgehold.testing.partitions import PrivateVmand, private_vmand
+from edgehold.testing.partitions import PrivateVmand
 
 ROOT = Path(__file__).parents[2]
 BOOT_S = 120.0
@@ -32,21 +31,6 @@ TREE = virt(cores=CORES, memory_bytes=MEMORY)
 def image() -> tuple[Path, Path]:
     need_command(QEMU, "qemu-system-arm")
     return guest_image(ROOT, "arm64")
-
-
-@pytest.fixture
-async def vmand(image: tuple[Path, Path]) -> AsyncIterator[PrivateVmand]:
-    assert all(one.is_file() for one in image)
-    async with private_vmand(settings={"accelerator": "tcg"}) as one:
-        yield one
-        assert one.running, one.log_text()[-3000:]
-    assert one.guests() == []
-
-
-@pytest.fixture
-async def client(vmand: PrivateVmand) -> AsyncIterator[VmandClient]:
-    async with await vmand.client() as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

@@ -5,36 +5,16 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-import pytest
-import pytest_asyncio
-
 from edgehold.api.vmand import State, wait_for_state
-from edgehold.testing.capability import guest_image, need_command
-from edgehold.testing.partitions import PrivateVmand, private_vmand
+from edgehold.testing.partitions import PrivateVmand
 from tests.unit.vmanctl_fake import Done, Terminal, ended, environment, start
 from tests.unit.vmanctl_fake import vmanctl as run
 
 ROOT = Path(__file__).parents[2]
 CMDLINE = "quiet no_timer_check tsc=reliable panic=-1"
 UP = "edgehold-guest up"
-
-
-@pytest.fixture
-def image() -> tuple[Path, Path]:
-    need_command("qemu-system-x86_64", "qemu-system-x86")
-    return guest_image(ROOT)
-
-
-@pytest_asyncio.fixture
-async def vmand() -> AsyncIterator[PrivateVmand]:
-    need_command("qemu-system-x86_64", "qemu-system-x86")
-    async with private_vmand(settings={"accelerator": "tcg"}) as one:
-        yield one
-        assert one.running, one.log_text()[-3000:]
-    assert one.guests() == []
 
 
 async def did(vmand: PrivateVmand, *words: object) -> str:

@@ -27,7 +27,7 @@ from edgehold.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from edgehold.testing.capability import guest_image, missing, need_command, need_root
+from edgehold.testing.capability import missing, need_command, need_root
 from edgehold.testing.load import eventually as eventually_true
 from edgehold.testing.partitions import PrivateVmand, private_vmand
 
@@ -37,27 +37,6 @@ CMDLINE = "quiet no_timer_check tsc=reliable panic=-1"
 JOB = f"{CMDLINE} edgehold.job_ms=1 edgehold.period_ms=50"
 UP = "edgehold-guest up"
 VMANCTL = str(Path(sys.executable).with_name("vmanctl"))
-
-
-@pytest.fixture
-def image() -> tuple[Path, Path]:
-    need_command("qemu-system-x86_64", "qemu-system-x86")
-    return guest_image(ROOT)
-
-
-@pytest.fixture
-async def vmand() -> AsyncIterator[PrivateVmand]:
-    need_command("qemu-system-x86_64", "qemu-system-x86")
-    async with private_vmand(settings={"accelerator": "tcg"}) as one:
-        yield one
-        assert one.running, one.log_text()[-3000:]
-    assert one.guests() == []
-
-
-@pytest.fixture
-async def client(vmand: PrivateVmand) -> AsyncIterator[VmandClient]:
-    async with await vmand.client() as one:
-        yield one
 
 
 class Watch:

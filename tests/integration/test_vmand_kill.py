@@ -21,7 +21,6 @@ import pytest
 
 from edgehold.api.vmand import Mode, Partition, State, VmandClient
 from edgehold.errors import EdgeholdError, UnavailableError
-from edgehold.testing.capability import guest_image, need_command
 from edgehold.testing.partitions import PrivateVmand, private_vmand
 
 ROOT = Path(__file__).parents[2]
@@ -29,12 +28,6 @@ CMDLINE = "quiet no_timer_check tsc=reliable panic=-1"
 JOB = f"{CMDLINE} edgehold.job_ms=1 edgehold.period_ms=20"
 ROUNDS = int(os.environ.get("EDGEHOLD_KILL_ROUNDS", "10"))
 CUTS = int(os.environ.get("EDGEHOLD_CUT_ROUNDS", "190"))
-
-
-@pytest.fixture
-def image() -> tuple[Path, Path]:
-    need_command("qemu-system-x86_64", "qemu-system-x86")
-    return guest_image(ROOT)
 
 
 async def next_job(client: VmandClient, partition: int) -> int:
