@@ -32,7 +32,6 @@ MAX_NAME = 127
 MAX_PATH = 512
 
 MAGIC = b"\xd0\x0d\xfe\xed"
-_MAGIC = 0xD00DFEED
 _HEADER = struct.Struct(">10I")
 _PROPERTY = struct.Struct(">II")
 _WORD = struct.Struct(">I")

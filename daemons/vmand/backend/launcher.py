@@ -18,6 +18,7 @@ from pathlib import Path
 from edgehold.errors import FailedError, SettingsError
 from vmand.backend.command import LOG
 from vmand.backend.confinement import Limits, emptied, limits, prlimit, setpriv
+from vmand.backend.mounts import mounts
 from vmand.backend.process import Process, end_user, find, of_users
 from vmand.backend.rundir import RunDirs, may_raise_limits
 from vmand.backend.unit import Place, device, properties, spawn_unit, stop_unit, unit_name
@@ -120,13 +121,12 @@ class Launcher:
             return None
         try:
             lines = Path(f"/proc/{process.identity.pid}/cgroup").read_text(encoding="utf-8").splitlines()
-            mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+            root = next((one.point for one in mounts() if one.kind == "cgroup2"), "")
         except FileNotFoundError:
             return None
         except OSError as error:
             raise FailedError(f"the cgroup of process {process.identity.pid}: {error.strerror}") from error
         path = next((one.removeprefix("0::") for one in lines if one.startswith("0::")), "")
-        root = next((one.split()[4] for one in mounts if " - cgroup2 " in one), "")
         # Whoever moved it elsewhere did not make that cgroup for us.
         return Path(root + path) if root and path.rpartition("/")[2] == process.identity.unit else None
 

@@ -22,8 +22,6 @@ DEVICE = Path("/dev/vmanager")
 ABI = vman_constant("ABI_VERSION")
 NAME_MAX = vman_constant("NAME_LEN") - 1
 """Bytes of a partition's name at most."""
-CMDLINE_MAX = vman_constant("MAX_CMDLINE")
-"""Bytes of a command line at most."""
 CPUS_MAX = vman_constant("MAX_CPUS")
 ID_MAX = vman_constant("MAX_ID")
 # Room for 128 events in one read.
