@@ -1,12 +1,12 @@
 """vmand's contract: partitions, their states, and the client that other tools use.
 
 Commands, arguments and states are those of the vManager's internal API (NANCY D3.4 §3.2.1); what is ours beside them
-(names, modes, devices, grades, list, status, vcpus, console, events, doctor) only adds to it.
+(names, modes, devices, grades, annotations, list, status, vcpus, console, events, doctor) only adds to it.
 """
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -141,7 +141,7 @@ class Vcpu(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened to a partition; ``kind`` is ``state``, ``grade``, ``console`` or ``gone``."""
+    """Something that happened to a partition: ``kind`` is ``state``, ``grade``, ``annotated``, ``console``, ``gone``."""
 
     kind: str
     partition: int
@@ -153,6 +153,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     cores_grade: CoresGrade | None = None
     memory_grade: MemoryGrade | None = None
     """``grade``: both as they are now; ``reason`` says what changed."""
+    now: Partition | None = None
+    """``state``, ``grade``, ``annotated``: the partition as it was when this happened."""
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,6 +163,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: str
     accelerator_reason: str
     backend: str
+    hypervisor: str = ""
+    """What runs guests, with its version: ``QEMU 7.2.22``. Empty where it can't be told."""
     launcher: str
     """``systemd`` (a transient unit a guest) or ``process`` (a detached process)."""
     cores_grade: CoresGrade
@@ -171,7 +175,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     memory_reason: str
     supports: tuple[str, ...]
     """What the back end can: of ``suspend``, ``shutdown``, ``exit-events``, ``virtio``, ``secure``, ``console``,
-    ``device-tree``, ``shared``."""
+    ``device-tree``, ``shared``, ``paused``."""
     archs: tuple[str, ...]
     """Guest architectures whose emulator or hypervisor is there."""
     cores_pool: tuple[int, ...]
@@ -205,13 +209,25 @@ class VmandClient:
         self._control = control
 
     @classmethod
-    async def connect(cls, path: Path = DEFAULT_SOCKET, *, timeout_s: float = 5.0) -> Self:
+    async def connect(
+        cls, path: Path = DEFAULT_SOCKET, *, timeout_s: float = 5.0, on_event: Callable[[Event], None] | None = None
+    ) -> Self:
         """Connect to the control socket.
+
+        ``on_event`` is called with each event as it comes, before an answer that came after it is returned to whoever
+        waits for it; events then do not come from `events`.
 
         Raises:
             UnavailableError: nobody listens there, or this user may not open it.
         """
-        return cls(await ControlClient.connect(path, timeout_s=timeout_s))
+        if on_event is None:
+            return cls(await ControlClient.connect(path, timeout_s=timeout_s))
+        tell = on_event
+
+        def hear(_name: str, data: Any) -> None:
+            tell(msgspec.convert(data, Event, strict=False))
+
+        return cls(await ControlClient.connect(path, timeout_s=timeout_s, on_event=hear))
 
     async def __aenter__(self) -> Self:
         return self
@@ -234,17 +250,58 @@ class VmandClient:
         mode: Mode = Mode.DEDICATED,
         name: str = "",
         strict: bool = False,
+        uuid: str = "",
+        annotations: Mapping[str, str] | None = None,
     ) -> int:
         """Reserve cores and memory (``memsize_gb`` in GiB, may be a fraction). Returns the partition's id, READY.
 
-        ``strict`` refuses, here and at deploy, what can't have isolated cores.
+        ``strict`` refuses, here and at deploy, what can't have isolated cores. ``uuid``: this one instead of a random
+        one; refused where another partition has it. ``annotations``: see `annotate`; written with the partition.
         """
         args: dict[str, Any] = {"cores": cores, "memsize": memsize_gb, "secure": secure, "mode": mode.value}
         if name:
             args["name"] = name
         if strict:
             args["strict"] = True
+        if uuid:
+            args["uuid"] = uuid
+        if annotations:
+            args["annotations"] = dict(annotations)
         return int(_field(await self._control.call("create-partition", args, timeout_s=60), "id"))
+
+    async def change_partition(
+        self,
+        partition: Which,
+        *,
+        name: str | None = None,
+        cores: int | None = None,
+        memsize_gb: float | None = None,
+        secure: bool | None = None,
+        mode: Mode | None = None,
+        strict: bool | None = None,
+        annotations: Mapping[str, str | None] | None = None,
+    ) -> Partition:
+        """Give a READY partition another name or another share of the host; what is None stays. All of it or nothing.
+
+        ``annotations``: as `annotate`, in the same step. Its uuid and id stay; its memory holds nothing afterwards.
+        """
+        given = {"name": name, "cores": cores, "memsize": memsize_gb, "secure": secure, "mode": mode, "strict": strict}
+        args: dict[str, Any] = {"id": partition} | {key: one for key, one in given.items() if one is not None}
+        if annotations:
+            args["annotations"] = dict(annotations)
+        answer = await self._control.call("change-partition", args, timeout_s=60)
+        return msgspec.convert(answer, Partition, strict=False)
+
+    async def annotate(self, partition: Which, annotations: Mapping[str, str | None]) -> None:
+        """Keep texts with a partition, in any state, by key; None removes one. vmand does not read them.
+
+        They live as long as the partition. At most 8 keys of 1 to 64 characters ``a-z 0-9 . _ -``, 48 KiB in all.
+        """
+        await self._control.call("annotate", {"id": partition, "annotations": dict(annotations)})
+
+    async def annotations(self, partition: Which) -> dict[str, str]:
+        """What `annotate` keeps with a partition."""
+        return msgspec.convert(await self._control.call("annotations", {"id": partition}), dict[str, str])
 
     async def deploy(
         self,
@@ -258,11 +315,13 @@ class VmandClient:
         nics: Sequence[Nic] = (),
         vsock: bool = False,
         agent: bool = False,
+        paused: bool = False,
     ) -> None:
         """Load and start a guest in a READY partition; it is DEPLOYED when this returns.
 
         A `File` is an absolute path that vmand opens with this user's rights, or a descriptor that is open here.
         ``agent``: a virtio-serial port ``org.qemu.guest_agent.0``, on the host a socket in the partition's directory.
+        ``paused``: load it and leave it SUSPENDED, before its first instruction; `restore` lets it begin.
         """
         args: dict[str, Any] = {"partition_id": partition}
         fds: list[int] = []
@@ -272,7 +331,7 @@ class VmandClient:
                 fds.append(file)
             elif file is not None:
                 args[key] = str(file)
-        rest = {"cmdline": cmdline, "disks": disks, "nics": nics, "vsock": vsock, "agent": agent}
+        rest = {"cmdline": cmdline, "disks": disks, "nics": nics, "vsock": vsock, "agent": agent, "paused": paused}
         args |= {key: msgspec.to_builtins(one) for key, one in rest.items() if one}
         await self._control.call("deploy", args, timeout_s=60, fds=fds)
 
@@ -294,14 +353,19 @@ class VmandClient:
             args["graceful"] = True
         await self._control.call("reboot", _with_timeout(args, timeout_s), timeout_s=_patience(timeout_s))
 
-    async def shutdown(self, partition: Which, *, timeout_s: float | None = None, force: bool = False) -> None:
+    async def shutdown(
+        self, partition: Which, *, timeout_s: float | None = None, force: bool = False, leave: bool = False
+    ) -> None:
         """Press the power button until the guest is off or ``timeout_s`` is over, then by force. -> READY.
 
-        ``force`` ends it at once, also where another shutdown is still waiting for the guest.
+        ``force`` ends it at once, also where another shutdown is still waiting for the guest. ``leave`` never ends it
+        by force: a guest that is not off in time goes on as it was, and that is a `TimedOutError`.
         """
         args: dict[str, Any] = {"id": partition}
         if force:
             args["force"] = True
+        if leave:
+            args["leave"] = True
         await self._control.call("shutdown", _with_timeout(args, timeout_s), timeout_s=_patience(timeout_s))
 
     async def destroy_partition(self, partition: Which) -> None:

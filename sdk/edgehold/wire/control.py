@@ -306,9 +306,10 @@ class _Call:
 class ControlClient:
     """An open conversation with a `ControlServer`. Requests may overlap; events are queued for `events`."""
 
-    def __init__(self, stream: LineStream, socket_path: Path) -> None:
+    def __init__(self, stream: LineStream, socket_path: Path, on_event: Callable[[str, Any], None] | None) -> None:
         self._stream = stream
         self._path = socket_path
+        self._on_event = on_event or self._queue_event
         self._ids = itertools.count(1)
         self._waiting: dict[int, _Call] = {}
         self._events: deque[tuple[str, Any]] = deque()
@@ -317,8 +318,13 @@ class ControlClient:
         self._task = asyncio.create_task(self._read(), name=f"control client {socket_path}")
 
     @classmethod
-    async def connect(cls, path: Path, *, timeout_s: float = 5.0) -> Self:
+    async def connect(
+        cls, path: Path, *, timeout_s: float = 5.0, on_event: Callable[[str, Any], None] | None = None
+    ) -> Self:
         """Open a conversation.
+
+        ``on_event``: called with name and data of each event in the order of the wire, before whoever waits for an
+        answer that came later goes on; `events` then only tells of the end.
 
         Raises:
             UnavailableError: nobody listens there.
@@ -335,7 +341,7 @@ class ControlClient:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise UnavailableError(f"{path}: {reason}; is the daemon running?") from error
         # An answer may be longer than a request: a list of all partitions is one line.
-        return cls(LineStream(sock, limit=64 * MAX_LINE_BYTES), path)
+        return cls(LineStream(sock, limit=64 * MAX_LINE_BYTES), path, on_event)
 
     async def call(
         self, command: str, args: dict[str, Any] | None = None, *, timeout_s: float = 30.0, fds: Sequence[int] = ()
@@ -402,6 +408,12 @@ class ControlClient:
         except OSError as error:
             raise BadRequestError(f"fds: can't send the descriptors {list(fds)}: {error.strerror}") from error
 
+    def _queue_event(self, name: str, data: Any) -> None:
+        if len(self._events) >= MAX_EVENTS_UNREAD:
+            raise BadRequestError(f"{MAX_EVENTS_UNREAD} events came that nobody read")
+        self._events.append((name, data))
+        self._event.set()
+
     async def _read(self) -> None:
         reason = "the daemon closed the connection"
         try:
@@ -410,11 +422,7 @@ class ControlClient:
                 try:
                     answer = decode_answer(line)
                     if "event" in answer:
-                        if len(self._events) >= MAX_EVENTS_UNREAD:
-                            reason = f"{MAX_EVENTS_UNREAD} events came that nobody read"
-                            break
-                        self._events.append((str(answer["event"]), answer.get("data")))
-                        self._event.set()
+                        self._on_event(str(answer["event"]), answer.get("data"))
                     elif (waiting := self._waiting.get(answer.get("id", 0))) is not None and not waiting.answer.done():
                         waiting.fds, fds = fds, ()
                         waiting.answer.set_result(answer)
