@@ -141,7 +141,7 @@ class Vcpu(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened to a partition: ``kind`` is ``state``, ``grade``, ``annotated``, ``console``, ``gone``."""
+    """What happened to a partition: ``kind`` is ``state``, ``grade``, ``annotated``, ``console`` or ``gone``."""
 
     kind: str
     partition: int
