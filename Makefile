@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GUESTS := build/guest/amd64/initramfs.gz build/guest/arm64/initramfs.gz
 TESTKERNEL := build/testkernel/initramfs.gz
+TRIXIE := build/trixie/manifest
 # What each step needs from Debian: compiling the extension, the guests' programs and test modules; running guests;
 # linting scripts; the daemon that the benchmarks compare with.
 APT_BUILD := gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross python3-dev python3-venv cpio kmod libelf1
@@ -14,7 +15,7 @@ APT_PEER := libvirt-daemon-system libvirt-clients python3-libvirt
 SOURCES := ext/build_kernel.py $(wildcard ext/*.c ext/*.h ext/uapi/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-integration lint fmt bench bench-peer bench-isolation ext guest testkernel setup clean
+.PHONY: help demo test test-unit test-integration lint fmt bench bench-peer bench-isolation bench-libvirt test-libvirt-trixie ext guest testkernel setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -29,6 +30,10 @@ test-unit: setup ## seconds, no root, no guest
 
 test-integration: setup guest testkernel ## real kernel, real QEMU; needs root
 	EDGEHOLD_REQUIRE=$${EDGEHOLD_REQUIRE-1} $(BIN)/python -m pytest tests/integration
+
+test-libvirt-trixie: setup guest $(TRIXIE) ## virtvmand under Debian 13's virsh (downloads about 30 MB); needs root
+	EDGEHOLD_REQUIRE=$${EDGEHOLD_REQUIRE-1} EDGEHOLD_VIRSH="$$(printf '%q virsh' "$$PWD/images/trixie/run.sh")" \
+	  $(BIN)/python -m pytest tests/integration/test_virtvmand_virsh.py
 
 lint: setup build/.apt-lint ## ruff, mypy strict, import contracts, codespell, shellcheck
 	$(BIN)/ruff check .
@@ -50,6 +55,9 @@ bench-peer: setup guest build/.apt-peer ## the same beside libvirt on this machi
 
 bench-isolation: setup guest ## a partition's job while another one attacks; needs root and a quiet machine
 	$(BIN)/python -m tests.bench.isolation
+
+bench-libvirt: setup guest build/.apt-peer ## virtvmand beside libvirtd: calls, CPU and memory; needs root
+	$(BIN)/python -m tests.bench.virt
 
 ext: setup ## compile the extension (a part of set-up)
 
@@ -88,6 +96,10 @@ $(GUESTS): build/guest/%/initramfs.gz: $(wildcard images/guest/*) images/apt.sh 
 
 $(TESTKERNEL): $(wildcard images/testkernel/*) images/apt.sh | build/.apt-build
 	@images/testkernel/build.sh
+	@touch $@
+
+$(TRIXIE): $(wildcard images/trixie/*) images/apt.sh | build/.apt-build
+	@images/trixie/build.sh
 	@touch $@
 
 clean: ## remove what was built (not what images/ built and downloaded)

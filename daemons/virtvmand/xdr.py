@@ -243,15 +243,16 @@ def _take_uuid(data: bytes, at: int) -> tuple[bytes, int]:
 
 
 def _characters(most: int, *, exact: bool = False) -> Codec:
-    """``char``: XDR has no bytes below a word, so each character takes one."""
+    """``char``: XDR has no bytes below a word, so each character takes one. A NUL ends them, also counted ones: clients
+    copy up to it."""
 
     def put(out: bytearray, value: Any) -> None:
         raw = value.encode("ascii", errors="replace")
-        if len(raw) > most - exact:  # an array that is not counted ends with a NUL
-            raise XdrError(f"characters: {len(raw)} is more than {most - exact}")
+        if len(raw) >= most:
+            raise XdrError(f"characters: {len(raw)} is more than {most - 1}")
         if not exact:
-            out += _WORD.pack(len(raw))
-        for one in raw.ljust(most, b"\0") if exact else raw:
+            out += _WORD.pack(len(raw) + 1)
+        for one in raw.ljust(most if exact else len(raw) + 1, b"\0"):
             out += _WORD.pack(one)
 
     def take(data: bytes, at: int) -> tuple[str, int]:

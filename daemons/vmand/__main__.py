@@ -2,18 +2,20 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import resource
-import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgehold import directories, settings
 from edgehold.errors import SettingsError
 from edgehold.service import Runtime, daemon_arguments, run
 from edgehold.systemd import activation, journal
+from edgehold.wire import later
 from edgehold.wire.control import ControlServer, bind_unix
 from edgehold.wire.peer import Roles, socket_mode
 from vmand.api import Api
@@ -24,6 +26,9 @@ from vmand.placement import Topology
 from vmand.recovery import recover
 from vmand.service import Service
 from vmand.store import Store
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +98,8 @@ async def _alive(
             await server.listen(listener)
         stack.push_async_callback(server.close)
         if config.http:
-            runtime.spawn(_http(service, api, roles, config.http_socket), name="http")
+            metrics = functools.partial(_registry, service, api)
+            runtime.spawn(later.serve_health(config.http_socket, roles, metrics), name="http")
         yield
 
 
@@ -102,35 +108,10 @@ async def _drop(task: asyncio.Task[Host]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def _http(service: Service, api: Api, roles: Roles, path: Path) -> None:
-    """Serve health and metrics. The HTTP server costs 17 MB of memory: it is loaded when somebody first asks."""
-    loop = asyncio.get_running_loop()
-    listener = bind_unix(path, mode=socket_mode(roles))
-    try:
-        await _readable(loop, listener)
-        from edgehold.wire import http  # noqa: PLC0415 - see above
-        from vmand.metrics import registry  # noqa: PLC0415
+def _registry(service: Service, api: Api) -> "CollectorRegistry":
+    from vmand.metrics import registry  # noqa: PLC0415 - loaded when somebody first asks
 
-        app = http.application([], roles=roles, registry=registry(service, api), health=lambda: None)
-        async with http.serve(app, listener):
-            await asyncio.Event().wait()
-    finally:
-        listener.close()
-        path.unlink(missing_ok=True)  # noqa: ASYNC240 - one unlink in /run at the very end
-
-
-async def _readable(loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
-    ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(listener, _set, ready)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(listener)
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    return registry(service, api)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from edgehold.wire.jsonlines import Request
 from edgehold.wire.peer import Role, require
 from edgehold.wire.stream import close_all, duplicates
 from vmand import arguments, model
-from vmand.arguments import Arguments, Create, Deploy, Nothing, OfPartition, Reboot, Shutdown, Subscribe
+from vmand.arguments import Annotate, Arguments, Create, Deploy, Nothing, OfPartition, Reboot, Shutdown, Subscribe
 from vmand.backend import Trait, opening
+from vmand.change import Change, change_partition
 from vmand.config import Config
 from vmand.model import Record, plain
 from vmand.service import Service
@@ -58,6 +59,9 @@ class Api:
             model.REBOOT: _Command(Reboot, change, self._reboot),
             model.SHUTDOWN: _Command(Shutdown, change, self._shutdown),
             model.DESTROY: _Command(OfPartition, change, self._destroy),
+            model.CHANGE: _Command(arguments.Change, change, self._change),
+            "annotate": _Command(Annotate, change, self._annotate),
+            "annotations": _Command(OfPartition, look, self._annotations),
             "list": _Command(Nothing, look, self._list),
             "status": _Command(OfPartition, look, self._status),
             "vcpus": _Command(OfPartition, look, self._vcpus),
@@ -122,8 +126,7 @@ class Api:
         log.info("%s %s by %s: %s", request.command, partition, connection.peer, plain(what), extra=fields)
 
     async def _create(self, args: Create, _call: _Call) -> dict[str, Any]:
-        if args.cores > self._host_cores:
-            raise BadRequestError(f"cores: {args.cores} are wanted and this host has {self._host_cores}")
+        self._check_cores(args.cores)
         size = model.memory_bytes(args.memsize)
         record = await self._service.create(
             cores=args.cores,
@@ -132,8 +135,35 @@ class Api:
             name=args.name,
             secure=args.secure,
             strict=args.strict,
+            own_uuid=args.uuid,
+            annotations=args.annotations,
         )
         return {"id": record.id}
+
+    async def _change(self, args: arguments.Change, _call: _Call) -> Any:
+        self._check_cores(args.cores or 0)
+        wanted = Change(
+            name=args.name,
+            cores=args.cores,
+            memory_bytes=None if args.memsize is None else model.memory_bytes(args.memsize),
+            mode=args.mode,
+            secure=args.secure,
+            strict=args.strict,
+            annotations=args.annotations,
+        )
+        return (await change_partition(self._service, self._id(args.id), wanted)).public()
+
+    def _check_cores(self, wanted: int) -> None:
+        if wanted > self._host_cores:
+            raise BadRequestError(f"cores: {wanted} are wanted and this host has {self._host_cores}")
+
+    async def _annotate(self, args: Annotate, _call: _Call) -> dict[str, Any]:
+        partition = self._id(args.id)
+        self._service.annotate(partition, args.annotations)
+        return {"id": partition}
+
+    async def _annotations(self, args: OfPartition, _call: _Call) -> dict[str, str]:
+        return self._service.annotations(self._id(args.id))
 
     async def _deploy(self, args: Deploy, call: _Call) -> dict[str, Any]:
         partition = self._id(args.partition_id)
@@ -142,9 +172,11 @@ class Api:
             self._service.require(Trait.VIRTIO, "deploy: disks, nics, vsock and agent")
         if args.dtb is not None:
             self._service.require(Trait.DEVICE_TREE, "deploy: dtb")
+        if args.paused:
+            self._service.require(Trait.PAUSED, "deploy: paused")
         model.check_cmdline(args.cmdline)
         with opening.opened(args, fds=call.fds, peer=call.connection.peer, config=self._config) as images:
-            return _state(await self._service.deploy(partition, images))
+            return _state(await self._service.deploy(partition, images, paused=args.paused))
 
     async def _suspend(self, args: OfPartition, _call: _Call) -> dict[str, Any]:
         return _state(await self._service.suspend(self._id(args.id)))
@@ -158,7 +190,8 @@ class Api:
 
     async def _shutdown(self, args: Shutdown, _call: _Call) -> dict[str, Any]:
         partition = self._id(args.id)
-        return _state(await self._service.shutdown(partition, timeout_s=args.timeout_s, force=args.force))
+        done = self._service.shutdown(partition, timeout_s=args.timeout_s, force=args.force, leave=args.leave)
+        return _state(await done)
 
     async def _destroy(self, args: OfPartition, _call: _Call) -> dict[str, Any]:
         return {"id": (await self._service.destroy(self._id(args.id))).id}

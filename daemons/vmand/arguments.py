@@ -42,6 +42,28 @@ class Create(Arguments, frozen=True, kw_only=True):
     mode: Mode = Mode.DEDICATED
     name: str = ""
     strict: bool = False
+    uuid: str = ""
+    annotations: dict[str, str] = {}
+
+
+class Change(Arguments, frozen=True, kw_only=True):
+    """change-partition: what is not given stays."""
+
+    id: Which
+    name: str | None = None
+    cores: Annotated[int, Meta(ge=1, le=_MAX_CORES)] | None = None
+    memsize: Annotated[float, Meta(gt=0)] | None = None
+    secure: bool | None = None
+    mode: Mode | None = None
+    strict: bool | None = None
+    annotations: dict[str, str | None] = {}
+
+
+class Annotate(Arguments, frozen=True, kw_only=True):
+    """annotate."""
+
+    id: Which
+    annotations: dict[str, str | None]
 
 
 class Deploy(Arguments, frozen=True, kw_only=True):
@@ -56,6 +78,7 @@ class Deploy(Arguments, frozen=True, kw_only=True):
     nics: tuple[Nic, ...] = ()
     vsock: bool = False
     agent: bool = False
+    paused: bool = False
 
 
 class Reboot(Arguments, frozen=True, kw_only=True):
@@ -72,6 +95,7 @@ class Shutdown(Arguments, frozen=True, kw_only=True):
     id: Which
     timeout_s: Timeout | None = None
     force: bool = False
+    leave: bool = False
 
 
 class Subscribe(Arguments, frozen=True, kw_only=True):

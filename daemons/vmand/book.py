@@ -6,15 +6,16 @@ It must not know what a command does.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import msgspec
 
 from edgehold.errors import BadStateError, EdgeholdError, FailedError, NotFoundError
+from vmand import model
 from vmand.events import Hub
 from vmand.model import DEPLOY, DESTROY, LIVE, LONG, OF_A_RUN, SHUTDOWN, TABLE, Record
-from vmand.store import Store
+from vmand.store import NO_ANNOTATIONS, Store
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Book:
         self._patience_s = patience_s
         self._records: dict[int, Record] = {}
         self._locks: dict[int, asyncio.Lock] = {}
-        self._unwritten: dict[int, int] = {}
+        self._unwritten: dict[int, Record] = {}
 
     @property
     def records(self) -> list[Record]:
@@ -119,14 +120,17 @@ class Book:
         self.put_late(msgspec.structs.replace(record, pending=pending), quiet=True)
         self.hold(msgspec.structs.replace(record, pending=""))
 
-    def put(self, record: Record) -> Record:
-        """Write a partition's new record, tell of it.
+    def put(self, record: Record, *, annotations: Mapping[str, str | None] = NO_ANNOTATIONS) -> Record:
+        """Write a partition's new record, and in the same step what is to be annotated (None removes); tell of both.
 
         Raises:
             FailedError: it can't be written; nothing is changed.
         """
-        self.store.save(record)
-        return self._keep(record)
+        self.store.save(record, annotations=annotations)
+        kept = self._keep(record)
+        if annotations:
+            self.hub.annotated(kept)
+        return kept
 
     def put_late(self, record: Record, *, quiet: bool = False) -> Record:
         """Write what has happened already. If that can't be written, it stands all the same: the intent is in the
@@ -145,19 +149,32 @@ class Book:
             self.store.delete(record.id)
         except FailedError as error:
             log.error("partition %d: its end is not written: %s", record.id, error)  # noqa: TRY400
-            self._unwritten[record.id] = record.slot
+            self._unwritten[record.id] = record
         self._locks.pop(record.id, None)
         if self._records.pop(record.id, None) is not None:
             self.hub.gone(record.id)
 
-    def slots(self) -> set[int]:
-        """The slots that can't be given. That of a partition whose end could not be written is one: until it is, the
-        next start ends whatever its user runs."""
+    def claims(self) -> list[Record]:
+        """The partitions whose slots and uuids can't be given. One whose end could not be written is among them: until
+        it is, the next start ends whatever its user runs, and removes the memory of its uuid."""
         for partition in list(self._unwritten):
             with contextlib.suppress(FailedError):
                 self.store.delete(partition)
                 del self._unwritten[partition]
-        return {*(one.slot for one in self._records.values()), *self._unwritten.values()}
+        return [*self._records.values(), *self._unwritten.values()]
+
+    def annotate(self, partition: int, changes: Mapping[str, str | None]) -> None:
+        """Keep texts with a partition; None removes one. It is no command: one that is under way is not waited for.
+
+        Raises:
+            BadRequestError: they are malformed or too much.
+            FailedError: they can't be written; nothing is changed.
+        """
+        record = self.record(partition)
+        before = self.store.annotations(partition)
+        if model.annotated(before, changes) != before:
+            self.store.annotate(partition, changes)
+            self.hub.annotated(record)
 
     def _keep(self, record: Record, *, quiet: bool = False) -> Record:
         old = self._records.get(record.id)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from edgehold.api.vmand import Event, State
 from edgehold.clock import Clock
 from vmand.model import Record
@@ -52,7 +54,9 @@ class Hub:
         """A partition came into a state."""
         state = State.BUSY if record.pending else record.state
         reason = record.pending or record.reason
-        self._send(Event(kind="state", partition=record.id, time_s=self._clock.wall_s(), state=state, reason=reason))
+        now = record.public()
+        time_s = self._clock.wall_s()
+        self._send(Event(kind="state", partition=record.id, time_s=time_s, state=state, reason=reason, now=now))
 
     def grade(self, record: Record) -> None:
         """What a partition has of its cores and its memory is another by now."""
@@ -66,8 +70,14 @@ class Hub:
                 reason="; ".join(told),
                 cores_grade=record.cores_grade,
                 memory_grade=record.memory_grade,
+                now=record.public(),
             )
         )
+
+    def annotated(self, record: Record) -> None:
+        """Other annotations are kept with a partition; whoever wants them asks."""
+        time_s = self._clock.wall_s()
+        self._send(Event(kind="annotated", partition=record.id, time_s=time_s, now=record.public()))
 
     def gone(self, partition: int) -> None:
         """A partition was destroyed."""
@@ -78,7 +88,9 @@ class Hub:
         self._send(Event(kind="console", partition=partition, time_s=self._clock.wall_s(), text=text))
 
     def _send(self, event: Event) -> None:
+        line: msgspec.Raw | None = None
         for listener, wishes in list(self._listeners.items()):
             wanted = wishes.console if event.kind == "console" else wishes.state
             if wanted(event.partition):
-                listener.send_event(NAME, event)
+                line = line or msgspec.Raw(msgspec.json.encode(event))  # once for all who listen
+                listener.send_event(NAME, line)

@@ -4,7 +4,7 @@ Pure: no I/O, no await. Sources: the vManager's internal API (NANCY D3.4 §3.2.1
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -21,7 +21,12 @@ GRANULE_BYTES = 2 * MIB
 MIN_MEMORY_BYTES = 16 * MIB
 MAX_MEMORY_GIB = 64 * 1024
 MAX_CMDLINE = 2048
+MAX_ANNOTATIONS = 8
+MAX_ANNOTATION_BYTES = 48 * 1024
 NAME = re.compile(r"(?![0-9]+\Z)[A-Za-z0-9._][A-Za-z0-9._-]{0,31}")
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_NO_UUID = "00000000-0000-0000-0000-000000000000"
+_KEY = re.compile(r"[a-z0-9._-]{1,64}")
 
 CREATE = "create-partition"
 DEPLOY = "deploy"
@@ -30,10 +35,12 @@ RESTORE = "restore"
 REBOOT = "reboot"
 SHUTDOWN = "shutdown"
 DESTROY = "destroy-partition"
+CHANGE = "change-partition"
 
 TABLE: Transitions[State] = Transitions(
     "partition",
     {
+        # Paused, it leads to SUSPENDED.
         DEPLOY: (frozenset({State.READY}), State.DEPLOYED),
         SUSPEND: (frozenset({State.DEPLOYED}), State.SUSPENDED),
         RESTORE: (frozenset({State.SUSPENDED}), State.DEPLOYED),
@@ -42,9 +49,10 @@ TABLE: Transitions[State] = Transitions(
         # that is SUSPENDED goes on first, so that its guest can power off in order.
         SHUTDOWN: (frozenset({State.DEPLOYED, State.SUSPENDED, State.FAILED}), State.READY),
         DESTROY: (frozenset({State.READY, State.SUSPENDED, State.FAILED}), None),
+        CHANGE: (frozenset({State.READY}), State.READY),
     },
 )
-LONG = frozenset({DEPLOY, SHUTDOWN, DESTROY})
+LONG = frozenset({DEPLOY, SHUTDOWN, DESTROY, CHANGE})
 """Commands that take long enough for the state BUSY to be told to those who watch."""
 OF_A_RUN = frozenset({SUSPEND, RESTORE, REBOOT})
 """Commands whose effect is a running guest's: it ends with a power cut, and the journal need not outlive it."""
@@ -146,6 +154,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """The last lines that a guest printed which FAILED."""
     pending: str = ""
     """The command whose outcome is not written yet."""
+    leave: bool = False
+    """The pending shutdown must not end the guest by force, whatever becomes of vmand."""
 
     def at_rest(self, state: State, *, reason: str = "") -> "Record":
         """The same partition with no guest and no command under way."""
@@ -155,6 +165,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             reason=reason,
             last_output=self.last_output if state is State.FAILED else "",
             pending="",
+            leave=False,
             run="",
             pid=None,
             start_ticks=0,
@@ -235,6 +246,41 @@ def check_name(name: str, others: Collection[str]) -> None:
         )
     if name in others:
         raise BadRequestError(f"name: {name!r} is taken by another partition; choose another or leave it out")
+
+
+def check_uuid(uuid: str, others: Collection[str]) -> None:
+    """A partition's uuid where the caller gives one: it names files, so it is written in one way alone.
+
+    Raises:
+        BadRequestError: it is malformed or taken.
+    """
+    if not UUID.fullmatch(uuid) or uuid == _NO_UUID:
+        raise BadRequestError(
+            f"uuid: {uuid[:64]!r} is none as RFC 9562 writes it (lower case, 8-4-4-4-12 digits, not all zero)"
+        )
+    if uuid in others:
+        raise BadRequestError(f"uuid: {uuid} is another partition's; give another or leave it out")
+
+
+def annotated(before: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
+    """The annotations that follow; None removes a key.
+
+    Raises:
+        BadRequestError: a key is malformed, there are too many, or they are too long; names the key or the bound.
+    """
+    after = {key: value for key, value in {**before, **changes}.items() if value is not None}
+    for key in changes:
+        if not _KEY.fullmatch(key):
+            raise BadRequestError(f"annotations: the key {key[:80]!r} is not 1 to 64 of the characters a-z 0-9 . _ -")
+    if len(after) > MAX_ANNOTATIONS:
+        raise BadRequestError(f"annotations: {len(after)} keys are more than {MAX_ANNOTATIONS}; remove one with null")
+    size = sum(len(key.encode()) + len(value.encode()) for key, value in after.items())
+    if size > MAX_ANNOTATION_BYTES:
+        largest = max(after, key=lambda key: len(after[key]))
+        raise BadRequestError(
+            f"annotations: {size} bytes in all are more than {MAX_ANNOTATION_BYTES}; the longest is {largest!r}"
+        )
+    return after
 
 
 def check_cmdline(cmdline: str) -> None:

@@ -4,10 +4,15 @@
 | ---                       | ---                                                                        |
 | create-partition, deploy  | rolled back: the remains are removed; no partition, or a READY one          |
 | shutdown, destroy         | rolled forward: the guest is ended; a READY partition, or none              |
+| shutdown that leaves      | the guest is adopted: it is not ended by force                              |
+| change-partition          | rolled back: a READY partition as it was                                    |
 | suspend, restore, reboot  | QEMU is asked what the guest does, and that is written; a guest that was to |
 |                           | power off for a reboot, and did, is started again                          |
 | nothing                   | a live guest is adopted; one that is off is READY, one that is gone FAILED  |
 | (QEMU does not answer)    | the state stays, with a reason; it is looked at again until it answers      |
+
+A partition at rest whose memory is not there, because the host was started anew, gets it anew: in the background, since
+the kernel clears each page.
 """
 
 import asyncio
@@ -34,6 +39,34 @@ async def recover(service: Service) -> None:
     await asyncio.gather(*(_settle(service, one) for one in records))
     await service.backend.sweep(service.records)
     service.watch.begin()
+    if bare := await _bare(service):
+        service.spawn(_restock(service, bare), "memory of partitions at rest")
+
+
+async def _bare(service: Service) -> list[int]:
+    """The partitions at rest that have no memory."""
+    resting = [one for one in service.records if one.state not in LIVE and not one.run]
+    held = await asyncio.gather(*(service.backend.holds(one) for one in resting), return_exceptions=True)
+    found = []
+    for record, answer in zip(resting, held, strict=True):
+        if isinstance(answer, EdgeholdError):
+            log.warning("partition %d: what it has can't be known: %s", record.id, answer)
+        elif isinstance(answer, BaseException):
+            raise answer
+        elif not answer:
+            found.append(record.id)
+    return found
+
+
+async def _restock(service: Service, partitions: list[int]) -> None:
+    for one in partitions:
+        if service.tasks.closing.is_set():
+            return
+        try:
+            log.warning("partition %d has no memory; taking it anew", one, extra={"partition": one})
+            await service.restock(one)
+        except EdgeholdError as error:
+            log.warning("partition %d: %s", one, error)
 
 
 async def _settle(service: Service, record: Record) -> None:
@@ -57,6 +90,13 @@ async def _settle_one(service: Service, record: Record) -> None:
             await service.backend.end(record)
             await service.backend.release(record)
             service.book.forget(record)
+        case model.SHUTDOWN if record.leave and record.state in LIVE:
+            await _adopt(service, record)
+        case model.CHANGE:
+            if not await service.backend.holds(record):
+                await service.backend.release(record)  # half of what was wanted; it gets what it had below
+            service.book.hold(record)
+            service.book.put_late(record.at_rest(State.READY, reason=record.reason))
         case model.DEPLOY | model.SHUTDOWN:
             await service.backend.end(record)
             service.book.hold(record)

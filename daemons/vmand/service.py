@@ -11,13 +11,13 @@ import logging
 import socket
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
 from edgehold.api.vmand import Capabilities, CoresGrade, MemoryGrade, Mode, Partition, State, Vcpu
-from edgehold.clock import NS_PER_S, Clock
+from edgehold.clock import Clock
 from edgehold.errors import (
     BadRequestError,
     BadStateError,
@@ -25,23 +25,23 @@ from edgehold.errors import (
     FailedError,
     NoCapacityError,
     TimedOutError,
-    UnavailableError,
     UnsupportedError,
 )
-from vmand import model, placement
+from vmand import model
 from vmand.backend import Backend, Trait
 from vmand.book import Book
+from vmand.capacity import Capacity
 from vmand.events import Hub
-from vmand.model import LIVE, TABLE, Images, Record
+from vmand.model import LIVE, TABLE, Found, Images, Record
 from vmand.placement import Topology
-from vmand.store import Store
+from vmand.poweroff import HURRIED, PowerOff
+from vmand.store import NO_ANNOTATIONS, Store
 from vmand.tasks import Tasks
 from vmand.watch import Watch, with_grades
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_PRESS_EVERY_S = 2.0
 _LACKS = {
     Trait.SECURE: "it has no secure world to put a partition into; create it with secure false",
     Trait.SHARED: "it gives partitions cores of their own only; create it with mode dedicated",
@@ -50,6 +50,7 @@ _LACKS = {
     Trait.VIRTIO: "it gives guests no virtio devices; leave out disks, nics, vsock and agent",
     Trait.CONSOLE: "it has no console of a guest; use a serial line of the board",
     Trait.DEVICE_TREE: "its guests take no device tree; leave it out",
+    Trait.PAUSED: "its guests begin as soon as they are loaded; deploy without paused",
 }
 
 
@@ -76,14 +77,12 @@ class Service:
         self.book = Book(store=store, hub=self.hub, patience_s=patience_s)
         self.tasks = Tasks(on_fault)
         self.watch = Watch(backend=backend, book=self.book, tasks=self.tasks, clock=clock)
-        self._clock = clock
-        self._pool = frozenset(pool)
-        self._topology = topology
+        self.capacity = Capacity(
+            backend=backend, records=lambda: self.book.records, pool=pool, topology=topology, memory_limit=memory_limit
+        )
+        self._power_off = PowerOff(backend, clock)
         self._max_partitions = max_partitions
-        self._memory_limit = memory_limit
         self._shutdown_timeout_s = shutdown_timeout_s
-        self._creating = asyncio.Lock()
-        self._hurry: dict[int, asyncio.Event] = {}
         backend.begin(changed=self.watch.changed, output=self.hub.console, ended=self.tasks.done)
 
     # What is there
@@ -158,11 +157,12 @@ class Service:
     async def capabilities(self) -> Capabilities:
         """What this host can give."""
         host = await self.backend.host()
-        free = self._memory_free()
+        free = self.capacity.memory_free()
         return Capabilities(
             accelerator=host.accelerator,
             accelerator_reason=host.accelerator_reason,
             backend=host.backend,
+            hypervisor=await self.backend.hypervisor(),
             launcher=host.launcher,
             cores_grade=host.best.cores or CoresGrade.SHARED,
             cores_reason=host.best.cores_reason,
@@ -170,9 +170,9 @@ class Service:
             memory_reason=host.best.memory_reason,
             supports=tuple(sorted(one.value for one in self.backend.traits if one is not Trait.SCRUB)),
             archs=host.archs,
-            cores_pool=tuple(sorted(self._pool)),
-            cores_free=self._cores_free(),
-            memory_total_bytes=self._reserved() + free,
+            cores_pool=self.capacity.pool,
+            cores_free=self.capacity.cores_free(),
+            memory_total_bytes=self.capacity.reserved_bytes() + free,
             memory_free_bytes=free,
         )
 
@@ -187,28 +187,31 @@ class Service:
         name: str = "",
         secure: bool = False,
         strict: bool = False,
+        own_uuid: str = "",
+        annotations: Mapping[str, str | None] = NO_ANNOTATIONS,
     ) -> Record:
         """Reserve cores and memory. The partition is READY when this returns."""
+        model.annotated({}, annotations)
         if secure:
             self.require(Trait.SECURE, "secure")
         if mode is Mode.SHARED:
             self.require(Trait.SHARED, "mode shared")
         if strict:
-            await self._check_strict(mode)
-        async with self._creating:  # one at a time: what is left is looked at and taken in one piece
+            await self.capacity.check_strict(mode)
+        async with self.capacity.taking:
             records = self.book.records
             if len(records) >= self._max_partitions:
                 raise NoCapacityError(f"{self._max_partitions} partitions exist, which is the limit; destroy one first")
-            names, taken = {one.name for one in records}, self.book.slots()
+            names, claims = {one.name for one in records}, self.book.claims()
+            taken = {one.slot for one in claims}
             if name:
                 model.check_name(name, names)
-            cpus: tuple[int, ...] = ()
-            node: int | None = None
-            if mode is Mode.DEDICATED:
-                cpus, node = placement.place(self._topology, self._pool, self._taken(), cores)
-            model.check_memory(memory_bytes, self._memory_free())
+            if own_uuid:
+                model.check_uuid(own_uuid, {one.uuid for one in claims})
+            cpus, node = self.capacity.place(mode, cores)
+            model.check_memory(memory_bytes, self.capacity.memory_free())
             intent = Record(
-                uuid=str(uuid.uuid4()),
+                uuid=own_uuid or str(uuid.uuid4()),
                 name=name,
                 mode=mode,
                 cores=cores,
@@ -220,7 +223,7 @@ class Service:
                 node=node,
                 pending=model.CREATE,
             )
-            record = msgspec.structs.replace(intent, id=self.store.insert(intent))
+            record = msgspec.structs.replace(intent, id=self.store.insert(intent, annotations=annotations))
             try:
                 grades = await self.backend.reserve(record)
                 name = name or next(one for one in _names(record.id) if one not in names)
@@ -233,14 +236,23 @@ class Service:
             self.book.hold(made)
             return made
 
-    async def deploy(self, partition: int, images: Images) -> Record:
-        """Start a guest in a READY partition."""
+    def annotate(self, partition: int, changes: Mapping[str, str | None]) -> None:
+        """Keep texts with a partition, whatever is under way; see `Book.annotate`."""
+        self.book.annotate(partition, changes)
+
+    def annotations(self, partition: int) -> dict[str, str]:
+        """What is kept with a partition."""
+        return self.store.annotations(self.record(partition).id)
+
+    async def deploy(self, partition: int, images: Images, *, paused: bool = False) -> Record:
+        """Start a guest in a READY partition. ``paused``: its CPUs wait for a restore before the first instruction."""
         async with self.book.turn(partition, model.DEPLOY, run=str(uuid.uuid4())) as record:
             try:
-                running = await self.backend.start(record, images)
+                record = await self.capacity.with_memory(record)  # noqa: PLW2901 - the same, with other grades
+                running = await self.backend.start(record, images, paused=paused)
                 deployed = msgspec.structs.replace(
                     record,
-                    state=State.DEPLOYED,
+                    state=State.SUSPENDED if paused else State.DEPLOYED,
                     pending="",
                     reason="",
                     last_output="",
@@ -283,40 +295,66 @@ class Service:
             self.require(Trait.SHUTDOWN, "reboot graceful")
         async with self.book.turn(partition, model.REBOOT) as record:
             reason = ""
-            if graceful and (refused := await self._power_off(record, limit_s)):
+            if graceful and (refused := await self._power_off.ask(record, limit_s)):
                 reason = f"reset by force: {refused}"
             await self.backend.reboot(record)
             count = record.boot_count + 1
             self.watch.keep_reason(record, reason)
             return self.book.put_late(msgspec.structs.replace(record, boot_count=count, pending="", reason=reason))
 
-    async def shutdown(self, partition: int, *, timeout_s: float | None = None, force: bool = False) -> Record:
-        """Power the guest off: the button until the time is over, then by force."""
+    async def shutdown(
+        self, partition: int, *, timeout_s: float | None = None, force: bool = False, leave: bool = False
+    ) -> Record:
+        """Power the guest off: the button until the time is over, then by force; with ``leave`` never by force.
+
+        Raises:
+            TimedOutError: with ``leave``; the guest goes on as it was.
+        """
+        if force and leave:
+            raise BadRequestError("shutdown: leave never ends a guest by force; give force or leave, not both")
         limit_s = self._shutdown_timeout_s if timeout_s is None else timeout_s
         if not force and self.record(partition).state is not State.FAILED:
             self.require(Trait.SHUTDOWN, model.SHUTDOWN)
-        elif force and (waiting := self._hurry.get(partition)) is not None:
-            waiting.set()
+        elif force and self._power_off.hurry(partition):
             async with self.book.lock(partition):
                 record = self.record(partition)
             if record.state is State.READY:
                 return record
-        async with self.book.turn(partition, model.SHUTDOWN) as record:
-            reason = ""
-            if record.state in LIVE and not force and (refused := await self._power_off(record, limit_s)):
-                reason = f"ended by force: {refused}"
-            await self.backend.end(record)
-            return self.book.put_late(record.at_rest(State.READY, reason=reason))
+        async with self.book.turn(partition, model.SHUTDOWN, leave=leave) as record:
+            refused = ""
+            if record.state in LIVE and not force:
+                refused = await self._power_off.ask(record, limit_s)
+            found = await self._power_off.leave(record) if leave and refused not in {"", HURRIED} else None
+            if found is None or found.found is Found.OFF:
+                await self.backend.end(record)
+                reason = f"ended by force: {refused}" if refused and found is None else ""
+                return self.book.put_late(record.at_rest(State.READY, reason=reason))
+            left = await self.watch.reconcile(msgspec.structs.replace(record, leave=False), found)
+        if left.state not in LIVE:
+            raise FailedError(f"shutdown: {refused}, and it failed meanwhile: {left.reason}")
+        raise TimedOutError(f"shutdown: {refused}; it goes on, and is {left.state.value}")
 
     async def destroy(self, partition: int) -> Record:
         """Give everything back."""
         async with self.book.turn(partition, model.DESTROY) as record:
             await self.backend.end(record)
-            if Trait.SCRUB in self.backend.traits:
-                await self.backend.scrub(record)
-            await self.backend.release(record)
+            await self.capacity.give_back(record)
             self.book.forget(record)
             return record
+
+    async def restock(self, partition: int) -> None:
+        """Give a partition at rest its memory where it is not there (a host that was started anew has none of it).
+
+        Where there is too little, its reason says so, and a deploy tries again.
+        """
+        async with self.book.lock(partition):
+            record = self.record(partition)
+            if record.state in LIVE or record.run:
+                return
+            async with self.capacity.taking:
+                after = await self.capacity.restocked(record)
+            if after != record:
+                self.book.put_late(after)
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run something to its end, whoever asked for it and went away. A bug in it ends the daemon."""
@@ -326,71 +364,6 @@ class Service:
         """Let commands under way end, then let go of the guests; they live on."""
         await self.tasks.close()
         await self.backend.close()
-
-    # Inside
-
-    async def _check_strict(self, mode: Mode) -> None:
-        if mode is Mode.SHARED:
-            raise BadRequestError("strict: a shared partition has no cores of its own; create it with mode dedicated")
-        best = (await self.backend.host()).best
-        if best.cores is not CoresGrade.ISOLATED:
-            raise NoCapacityError(
-                f"strict: cores can't be isolated on this host: {best.cores_reason}; vmanctl doctor says what would "
-                "change it",
-                retryable=False,
-            )
-
-    async def _power_off(self, record: Record, limit_s: float) -> str:
-        """Press until the guest is off; why it is not. One press is lost where nobody in it reads the button yet."""
-        deadline = self._clock.monotonic_ns() + int(limit_s * NS_PER_S)
-        hurry = self._hurry[record.id] = asyncio.Event()
-        suspended = record.state is State.SUSPENDED
-        try:
-            while not hurry.is_set() and (left_s := (deadline - self._clock.monotonic_ns()) / NS_PER_S) > 0:
-                await self._unless(hurry, self._press(record, suspended=suspended), left_s)
-                left_s = max((deadline - self._clock.monotonic_ns()) / NS_PER_S, 0.001)
-                wait_s = min(_PRESS_EVERY_S, left_s)
-                if await self._unless(hurry, self.backend.wait_off(record, wait_s), 2 * wait_s):
-                    return ""
-            return "it was asked for" if hurry.is_set() else f"the guest did not power off within {limit_s:g} s"
-        finally:
-            self._hurry.pop(record.id, None)
-
-    async def _press(self, record: Record, *, suspended: bool) -> None:
-        try:
-            if suspended:
-                await self.backend.restore(record)
-            await self.backend.press_power(record)
-        except (TimedOutError, UnavailableError, FailedError) as error:
-            log.warning("partition %d: the power button: %s", record.id, error)
-
-    @staticmethod
-    async def _unless(hurry: asyncio.Event, work: Coroutine[Any, Any, T], timeout_s: float) -> T | None:
-        """What it comes to; None where somebody is in a hurry, or the time is over, before it does."""
-        doing = asyncio.create_task(work, name="part of a power-off")
-        hurried = asyncio.create_task(hurry.wait(), name="wait for somebody in a hurry")
-        try:
-            await asyncio.wait({doing, hurried}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            return doing.result() if doing.done() else None
-        finally:
-            for task in (doing, hurried):
-                task.cancel()
-            await asyncio.gather(doing, hurried, return_exceptions=True)
-
-    def _reserved(self) -> int:
-        return sum(one.memory_bytes for one in self.book.records)
-
-    def _memory_free(self) -> int:
-        free = self.backend.memory_free()
-        if self._memory_limit:
-            free = min(free, self._memory_limit - self._reserved())
-        return max(free, 0)
-
-    def _taken(self) -> frozenset[int]:
-        return frozenset(cpu for one in self.book.records for cpu in one.cpus)
-
-    def _cores_free(self) -> tuple[int, ...]:
-        return tuple(sorted(placement.free(self._topology, self._pool, self._taken())))
 
 
 def _names(partition: int) -> Iterable[str]:

@@ -29,9 +29,14 @@ _PROGRAMS = {
 _READY_S = 120.0
 _COMMAND_S = 300.0  # the first definition looks at every emulator that is installed
 _OWN = "/run /etc/libvirt/qemu /etc/libvirt/hooks /var/lib/libvirt /var/cache/libvirt /var/log/libvirt"
-_NAMESPACE = (
-    f'for one in {_OWN}; do [ ! -d "$one" ] || mount -t tmpfs -o mode=755 bench "$one" || exit 1; done; exec "$@"'
-)
+# In a chroot the root may be no mount point, whose propagation can't be changed: harmless where nothing is shared.
+_NAMESPACE = f"""
+if ! mount --make-rprivate / 2>/dev/null && grep -q ' shared:' /proc/self/mountinfo; then
+    echo "/ is no mount point here, and its mounts are shared with the host: bind-mount the chroot onto itself first"
+    exit 69
+fi
+for one in {_OWN}; do [ ! -d "$one" ] || mount -t tmpfs -o mode=755 bench "$one" || exit 1; done; exec "$@"
+"""
 _CONFIG = """unix_sock_dir = "{directory}"
 unix_sock_rw_perms = "0700"
 auth_unix_ro = "none"
@@ -106,7 +111,7 @@ class Libvirt:
         config.write_text(_CONFIG.format(directory=self.directory))
         ready = self.directory / "virtlogd.pid"
         with (self.directory / "log").open("ab") as log:
-            unshare = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _NAMESPACE, "sh"]
+            unshare = ["unshare", "--mount", "--propagation", "unchanged", "sh", "-c", _NAMESPACE, "sh"]
             self._logger = subprocess.Popen([*unshare, "virtlogd", "-p", str(ready)], stdout=log, stderr=log)
             eventually(ready.exists, timeout_s=_READY_S, what=f"virtlogd runs: {self._log()}")
             nsenter = ["nsenter", "--mount", "--target", str(self._logger.pid)]

@@ -319,6 +319,29 @@ async def test_events_reach_the_subscriber_in_order(tmp_path: Path, daemon: Daem
     await client.close()
 
 
+async def test_an_event_is_heard_before_the_answer_that_came_after_it(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    async def handle(connection: Connection, request: Request) -> Any:
+        connection.send_event("tick", request.command)
+        return request.command
+
+    server = ControlServer(handle, roles=Roles())
+    await server.listen(bind_unix(tmp_path / "s"))
+    client = await ControlClient.connect(tmp_path / "s", on_event=lambda name, data: seen.append((name, data)))
+
+    async def ask(command: str) -> None:
+        seen.append(await client.call(command))
+
+    await asyncio.gather(*(ask(str(number)) for number in range(20)))
+    for number in range(20):
+        assert seen.index(("tick", str(number))) < seen.index(str(number))
+    await server.close()
+    with pytest.raises(UnavailableError, match="closed the connection"):  # which `events` still tells
+        await anext(client.events())
+    await client.close()
+
+
 async def test_events_that_nobody_reads_end_the_conversation(
     tmp_path: Path, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:

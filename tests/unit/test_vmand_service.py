@@ -166,7 +166,7 @@ async def test_commands_on_one_partition_take_turns(daemon: Daemon) -> None:
 
 
 async def test_power_button_is_pressed_until_it_is_obeyed(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmand.service._PRESS_EVERY_S", 0.001)
+    monkeypatch.setattr("vmand.poweroff._PRESS_EVERY_S", 0.001)
     one = await daemon.make(State.DEPLOYED)
     daemon.backend.obeys_after = 3
     record = await daemon.service.shutdown(one, timeout_s=5)
@@ -294,6 +294,8 @@ CUTS = {
     (State.SUSPENDED, model.DESTROY, 0): State.SUSPENDED,
     (State.SUSPENDED, model.DESTROY, 1): None,
     (State.FAILED, model.DESTROY, 1): None,
+    (State.READY, model.CHANGE, 0): State.READY,
+    (State.READY, model.CHANGE, 1): State.READY,
 }
 
 
@@ -324,7 +326,9 @@ async def test_a_command_that_is_cut_off(
     monkeypatch.undo()
     assert [row.state for row in daemon.rows()] == ([expected] if expected else [])
     assert all(row.pending == "" for row in daemon.rows())
-    assert set(daemon.world.memory) == {row.uuid for row in daemon.rows()}
+    # What a change had given back is taken again in the background.
+    await daemon.until(lambda: set(daemon.world.memory) == {row.uuid for row in daemon.rows()})
+    assert all(daemon.world.memory[row.uuid] == row.memory_bytes == 64 * MIB for row in daemon.rows())
     assert set(daemon.world.guests) == {row.run for row in daemon.rows() if row.state in model.LIVE}
     assert all(row.run == "" for row in daemon.rows() if row.state not in model.LIVE)
     for row in daemon.rows():  # and it can be used and given back
@@ -433,6 +437,7 @@ async def test_a_hung_guest_is_not_ended_by_a_restart(daemon: Daemon, monkeypatc
         (State.DEPLOYED, model.REBOOT),
         (State.DEPLOYED, model.SHUTDOWN),
         (State.READY, model.DESTROY),
+        (State.READY, model.CHANGE),
     ],
 )
 async def test_a_full_disk(
@@ -458,7 +463,7 @@ async def test_a_full_disk(
         await (daemon.make(State.READY) if command == model.CREATE else daemon.run(command, one))
     except EdgeholdError as caught:
         error = caught
-    assert (error is not None) == (writes == 0 or command in {model.CREATE, model.DEPLOY})
+    assert (error is not None) == (writes == 0 or command in {model.CREATE, model.DEPLOY, model.CHANGE})
     seen = {row.id: row.state for row in daemon.service.records}
     if error is not None:
         assert "disk is full" in str(error)

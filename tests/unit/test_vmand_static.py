@@ -36,7 +36,8 @@ async def start(daemon: Daemon) -> None:
     backend.traits, backend.grades = STATIC, GIVEN
     begin = backend.start
 
-    async def run(record: Record, images: Images) -> Running:
+    async def run(record: Record, images: Images, *, paused: bool = False) -> Running:
+        assert not paused
         await begin(record, images)
         return Running(accelerator="none", arch="aarch64")
 

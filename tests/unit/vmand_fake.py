@@ -10,10 +10,13 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from edgehold.api.vmand import Check, CoresGrade, Event, MemoryGrade, Mode, State, Vcpu
 from edgehold.clock import SystemClock
 from vmand import model
 from vmand.backend import Backend, Changed, Ended, Finding, Grades, Host, Output, Running, Trait
+from vmand.change import Change, change_partition
 from vmand.model import MIB, TABLE, Found, Images, OpenFile, Record
 from vmand.placement import Topology
 from vmand.recovery import recover
@@ -68,6 +71,9 @@ class FakeBackend:
             archs=("x86_64",),
         )
 
+    async def hypervisor(self) -> str:
+        return "fake 1.2"
+
     async def doctor(self) -> list[Check]:
         return [Check(subject="cores", level="limited", found="pinned")]
 
@@ -97,14 +103,22 @@ class FakeBackend:
         self.world.free -= record.memory_bytes
         return Grades(memory=self.grades.memory, memory_reason=self.grades.memory_reason)
 
+    async def holds(self, record: Record) -> bool:
+        self._try("holds")
+        return self.world.memory.get(record.uuid) == record.memory_bytes
+
+    def keeps(self, before: Record, after: Record) -> bool:
+        return before.memory_bytes == after.memory_bytes
+
     async def release(self, record: Record) -> None:
         self.world.free += self.world.memory.pop(record.uuid, 0)
 
-    async def start(self, record: Record, images: Images) -> Running:
+    async def start(self, record: Record, images: Images, *, paused: bool = False) -> Running:
         assert images == IMAGES
         self.world.guests[record.run] = Found.PAUSED
         self._try("start")
-        self.world.guests[record.run] = Found.RUNNING
+        if not paused:
+            self.world.guests[record.run] = Found.RUNNING
         return Running(pid=4242, start_ticks=1, uid=77, accelerator="tcg", arch="x86_64")
 
     async def adopt(self, record: Record) -> Finding:
@@ -168,8 +182,8 @@ class Listener:
 
     def send_event(self, name: str, data: object) -> None:
         assert name == "partition"
-        assert isinstance(data, Event)
-        self.events.append(data)
+        assert isinstance(data, msgspec.Raw)
+        self.events.append(msgspec.json.decode(data, type=Event))
 
 
 class Daemon:
@@ -238,6 +252,7 @@ class Daemon:
             model.REBOOT: lambda: service.reboot(one),
             model.SHUTDOWN: lambda: service.shutdown(one),
             model.DESTROY: lambda: service.destroy(one),
+            model.CHANGE: lambda: change_partition(service, one, Change(memory_bytes=128 * MIB)),
         }[command]()
 
     async def until(self, condition: Callable[[], bool]) -> None:

@@ -31,6 +31,8 @@ class Trait(StrEnum):
     """It takes a device tree for some guest; which one fits is its own check."""
     SHARED = "shared"
     """Partitions whose CPUs are not pinned, with threads on the host that can be held by a reservation."""
+    PAUSED = "paused"
+    """It can load a guest without its CPUs beginning."""
     SCRUB = "scrub"
     """It does not clear memory itself between two partitions: `Backend.scrub` is called before it is given again."""
 
@@ -104,6 +106,9 @@ class Backend(Protocol):
     async def host(self) -> Host:
         """What this host can give. The first call may take seconds: acceleration is tried, not assumed."""
 
+    async def hypervisor(self) -> str:
+        """What runs guests, with its version (``QEMU 7.2.22``). Empty where it can't be told."""
+
     async def doctor(self) -> list[Check]:
         """What this host gives and what not, why, and what would change it."""
 
@@ -116,14 +121,22 @@ class Backend(Protocol):
         Returns the memory's grade; the cores' grade is told by `grade` once a guest runs.
         """
 
+    async def holds(self, record: Record) -> bool:
+        """Whether what `reserve` took for this record is there, whole."""
+
+    def keeps(self, before: Record, after: Record) -> bool:
+        """Whether what `reserve` took for ``before`` is as good for ``after``."""
+
     async def scrub(self, record: Record) -> None:
         """Clear the partition's memory. Asked for before `release`, and only of a back end with `Trait.SCRUB`."""
 
     async def release(self, record: Record) -> None:
         """Give the partition's memory back. Idempotent."""
 
-    async def start(self, record: Record, images: Images) -> Running:
+    async def start(self, record: Record, images: Images, *, paused: bool = False) -> Running:
         """Run a guest: its CPUs run when this returns. What fails half-way is left for `end`.
+
+        ``paused``: they stand still until `restore`; only asked of a back end with `Trait.PAUSED`.
 
         Raises:
             NoCapacityError: the record is strict and its cores can't be isolated; the text says why.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgehold.api.vmand import Check, CoresGrade, MemoryGrade, Mode, Vcpu
 from edgehold.errors import EdgeholdError, FailedError
+from edgehold.kernel import numa
 from vmand.backend import Changed, Ended, Finding, Grades, Host, Output, Running, Trait, devices, doctor, dtb, dtbcheck
 from vmand.backend import images as opened_images
 from vmand.backend.command import LOG, Files, MemoryBacking, qemu_argv
@@ -82,6 +83,9 @@ class QemuBackend:
             archs=self._machines.archs(),
         )
 
+    async def hypervisor(self) -> str:
+        return await self._machines.version()
+
     def memory_free(self) -> int:
         return self._memory.free_bytes(self._config.pool.headroom_mib * MIB)
 
@@ -89,6 +93,13 @@ class QemuBackend:
         headroom = self._config.pool.headroom_mib * MIB
         await self._memory.take(record.uuid, record.memory_bytes, node=record.node, headroom=headroom)
         return await self.grade(record)
+
+    async def holds(self, record: Record) -> bool:
+        return self._memory.has(record.uuid, record.memory_bytes, uid=self._dirs.user(record))
+
+    def keeps(self, before: Record, after: Record) -> bool:
+        near = after.node is None or after.node == before.node or not numa.several()
+        return before.memory_bytes == after.memory_bytes and near
 
     async def release(self, record: Record) -> None:
         self._memory.give_back(record.uuid)
@@ -123,13 +134,8 @@ class QemuBackend:
             )
         )
 
-    async def start(self, record: Record, images: Images) -> Running:
+    async def start(self, record: Record, images: Images, *, paused: bool = False) -> Running:
         user = self._dirs.user(record)
-        if not self._memory.has(record.uuid, record.memory_bytes, uid=user):
-            raise FailedError(
-                f"the memory of partition {record.id} is gone (was the host started anew, or the tmpfs emptied?); "
-                "destroy the partition and create it again"
-            )
         machine = await self._machines.machine(images.arch)
         self._cores.prepare(record)
         blob = await asyncio.to_thread(_device_tree, record, images)
@@ -162,9 +168,10 @@ class QemuBackend:
             tids = await guest.threads()
             group = self._launcher.cgroup(process)
             await self._cores.dedicate(record, pid=process.identity.pid, tids=tids, group=group)
-        await guest.monitor.call("cont")
+        if not paused:
+            await guest.monitor.call("cont")
         finding = await guest.look()
-        if finding.found not in {Found.RUNNING, Found.OFF}:
+        if finding.found not in ({Found.PAUSED} if paused else {Found.RUNNING, Found.OFF}):
             raise FailedError(f"the guest does not run: {finding.reason or finding.found.value}")
         one = process.identity
         return Running(

@@ -83,6 +83,10 @@ class VmanagerBackend:
             archs=(self._native,),
         )
 
+    async def hypervisor(self) -> str:
+        major, minor = self._info.firmware
+        return f"firmware {major}.{minor}" if major or minor else ""
+
     async def doctor(self) -> list[Check]:
         try:
             await self._refresh()
@@ -94,12 +98,12 @@ class VmanagerBackend:
         return self._info.memory_free
 
     async def reserve(self, record: Record) -> Grades:
-        caps, align = self._info.caps, self._info.memory_align
+        caps = self._info.caps
         flags = Flag.NOFD | (Flag.KEEP if Cap.KEEP in caps else 0) | (Flag.SECURE if record.secure else 0)
 
         def work() -> Info:
             created = self._manager.create(
-                memory_bytes=-(-record.memory_bytes // align) * align,
+                memory_bytes=self._aligned(record),
                 cpus=record.cpus,
                 partition=record.id,
                 uuid=UUID(record.uuid),
@@ -119,6 +123,19 @@ class VmanagerBackend:
         await self._clear(record)
         return await self.grade(record)
 
+    async def holds(self, record: Record) -> bool:
+        try:
+            status = await self._status(record, _LOOK_S)
+        except GoneError:
+            return False
+        secure = Flag.SECURE in status.flags
+        has = (set(status.cpus), status.memory_bytes, secure)
+        return has == (set(record.cpus), self._aligned(record), record.secure)
+
+    def keeps(self, before: Record, after: Record) -> bool:
+        shares = [(self._aligned(one), one.cpus, one.secure) for one in (before, after)]
+        return shares[0] == shares[1]
+
     async def scrub(self, record: Record) -> None:
         with contextlib.suppress(GoneError):
             await self._clear(record)
@@ -136,7 +153,7 @@ class VmanagerBackend:
         with contextlib.suppress(EdgeholdError):  # it is gone, whatever else there is now
             await self._refresh()
 
-    async def start(self, record: Record, images: Images) -> Running:
+    async def start(self, record: Record, images: Images, *, paused: bool = False) -> Running:  # noqa: ARG002 - lacking
         arch = images.arch or self._native
         make_dtb = self._check(images, arch)
         if images.dtb is not None:
@@ -283,6 +300,11 @@ class VmanagerBackend:
             clear(handle, status, self._info, limit_s)
 
         await self._act(record, "scrub", work, limit_s=limit_s + _SPARE_S)
+
+    def _aligned(self, record: Record) -> int:
+        """What the firmware gives: bytes, in its own pieces."""
+        align = self._info.memory_align
+        return -(-record.memory_bytes // align) * align
 
     def _check(self, images: Images, arch: str) -> bool:
         """Whether the firmware is to make a device tree.

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from edgehold.errors import FailedError
+from edgehold.errors import BadRequestError, FailedError
 from edgehold.wire.control import ControlClient
 from edgehold.wire.stream import close_all
 
@@ -225,7 +225,11 @@ class VmandClient:
         tell = on_event
 
         def hear(_name: str, data: Any) -> None:
-            tell(msgspec.convert(data, Event, strict=False))
+            try:
+                event = msgspec.convert(data, Event, strict=False)
+            except msgspec.ValidationError as error:  # as any line that can't be read: it ends the conversation
+                raise BadRequestError(f"the server's event can't be read: {error}") from None
+            tell(event)
 
         return cls(await ControlClient.connect(path, timeout_s=timeout_s, on_event=hear))
 

@@ -1,0 +1,24 @@
+"""The one door to domain XML for the rest of virtvmand: reading it, changing it, and showing a domain as it.
+
+What is behind it: `definition` (what a text asks for), `elements` (what is used, kept and refused), `domcheck` and
+`domdevices` (the rules), `domedit` (changes to a text), `describe` (texts of running domains).
+"""
+
+from virtvmand.definition import NAMESPACE, Definition, Plan, known_definition, read_definition
+from virtvmand.describe import domain_xml, synthesized
+from virtvmand.domedit import metadata, with_memory, with_metadata, with_name, with_vcpus
+
+__all__ = [
+    "NAMESPACE",
+    "Definition",
+    "Plan",
+    "domain_xml",
+    "known_definition",
+    "metadata",
+    "read_definition",
+    "synthesized",
+    "with_memory",
+    "with_metadata",
+    "with_name",
+    "with_vcpus",
+]

@@ -1,0 +1,36 @@
+"""Calls that clients make and partitions can't answer, each with the reason instead of a bare "not supported"."""
+
+from typing import NoReturn
+
+from virtvmand.call import Client, Handler
+from virtvmand.errors import Code, LibvirtError
+from virtvmand.table import NUMBERS
+
+REASONS = {
+    "domain_pin_vcpu": "vmand gives dedicated vCPUs cores of their own and pins them itself; mode='shared' pins none",
+    "domain_pin_vcpu_flags": "vmand gives dedicated vCPUs cores of their own and pins them itself",
+    "domain_set_scheduler_parameters_flags": "shares of CPU time are reservations: see deadlined",
+    "domain_attach_device_flags": "devices are given at the start; change the definition and start the domain anew",
+    "domain_detach_device_flags": "devices are given at the start; change the definition and start the domain anew",
+    "domain_set_time": "nobody in the guest sets its clock for us",
+    "domain_inject_nmi": "partitions take no NMI",
+    "domain_abort_job": "nothing that could be given up takes long",
+    "domain_open_channel": "the guest agent's socket is in vmand's directory of the partition, for root",
+    "domain_interface_stats": "vmand does not count packets; the tap on the host does",
+    "domain_block_stats": "vmand does not count requests of disks",
+    "domain_get_block_info": "sizes of images are the files' own; ask the host",
+    "domain_interface_addresses": "nobody in the guest is asked for its addresses",
+    "domain_get_hostname": "nobody in the guest is asked for its name",
+}
+
+
+def handlers() -> dict[int, Handler]:
+    """A handler for each that refuses it."""
+    return {NUMBERS[name]: _refuser(name, reason) for name, reason in REASONS.items()}
+
+
+def _refuser(name: str, reason: str) -> Handler:
+    def refuse(_client: Client, *_arguments: object) -> NoReturn:
+        raise LibvirtError(Code.OPERATION_UNSUPPORTED, f"{name}: {reason}")
+
+    return refuse

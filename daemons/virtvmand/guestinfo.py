@@ -1,0 +1,104 @@
+"""What a guest's process uses of the host, from files that every user may read: guests run as users of their own.
+
+Sources: proc_pid_stat(5), proc_pid_status(5), sched_getaffinity(2). One read a question: statistics of many domains
+are asked for every few seconds.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgehold.kernel.procfs import PROC, GoneError, is_gone
+
+_NS_PER_TICK = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+# The kernel writes these files in one piece, and shorter than that: one read has the whole.
+_ENOUGH = 16384
+# Places in a stat file after the name, in which the manual page's 3rd field (state) is the first.
+_STATE, _UTIME, _STIME, _PROCESSOR = 0, 11, 12, 36
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VcpuUse:
+    """A virtual CPU's thread at one moment."""
+
+    cpu_time_ns: int
+    """What it ran since its start, guest and emulator, in whole ticks of the clock (mostly 10 ms)."""
+    cpu: int
+    """The host's CPU on which it runs or ran last."""
+    affinity: frozenset[int]
+    """The host's CPUs on which it may run."""
+    state: str
+    """One letter: R runs or wants to, S and D sleep, T is stopped."""
+
+
+def cpu_time_ns(pid: int, *, proc: Path = PROC) -> int:
+    """What a process ran since its start, all its threads together, in ns (whole ticks of the clock, mostly 10 ms).
+
+    Raises:
+        GoneError: no such process.
+    """
+    fields = _stat(f"{proc}/{pid}/stat", f"process {pid}")
+    return (int(fields[_UTIME]) + int(fields[_STIME])) * _NS_PER_TICK
+
+
+def memory_use(pid: int, *, proc: Path = PROC) -> int:
+    """Memory of a process that is in the host's RAM, in KiB: its guest's as far as it is allocated, and its own.
+
+    Huge pages are counted, which VmRSS leaves out.
+
+    Raises:
+        GoneError: no such process, or it ended and was not waited for.
+    """
+    resident = None
+    for line in _read(f"{proc}/{pid}/status", f"process {pid}").splitlines():
+        name, _colon, rest = line.partition(b":")
+        if name == b"VmRSS":
+            resident = int(rest.split()[0])
+        elif name == b"HugetlbPages" and resident is not None:
+            return resident + int(rest.split()[0])
+    if resident is None:
+        raise GoneError(f"process {pid} has no memory (any more)")
+    return resident
+
+
+def vcpu_use(tid: int, *, proc: Path = PROC) -> VcpuUse:
+    """What a virtual CPU's thread ran, where, and where it may run.
+
+    Raises:
+        GoneError: no such thread.
+    """
+    # Below task: /proc/TID/stat itself has the sums of the whole process.
+    fields = _stat(f"{proc}/{tid}/task/{tid}/stat", f"thread {tid}")
+    try:
+        affinity = os.sched_getaffinity(tid)
+    except OSError as error:
+        if is_gone(error):
+            raise GoneError(f"thread {tid} does not exist (any more)") from None
+        raise
+    return VcpuUse(
+        cpu_time_ns=(int(fields[_UTIME]) + int(fields[_STIME])) * _NS_PER_TICK,
+        cpu=int(fields[_PROCESSOR]),
+        affinity=frozenset(affinity),
+        state=fields[_STATE].decode(),
+    )
+
+
+def _stat(path: str, what: str) -> list[bytes]:
+    """The fields after the name, which may hold anything and stands before the last parenthesis."""
+    fields = _read(path, what).rpartition(b")")[2].split()
+    if len(fields) <= _PROCESSOR:
+        raise GoneError(f"{what} does not exist (any more)")
+    return fields
+
+
+def _read(path: str, what: str) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(fd, _ENOUGH)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if is_gone(error):
+            raise GoneError(f"{what} does not exist (any more)") from None
+        raise
