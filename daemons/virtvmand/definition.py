@@ -110,8 +110,8 @@ def _definition(judge: Judge, root: Element, xml: str, plan: Plan) -> Definition
     return Definition(
         xml=xml,
         plan=plan,
-        title=None if title is None else title.text,
-        description=None if description is None else description.text,
+        title=(title and title.text) or None,
+        description=(description and description.text) or None,
         arch=(kind and kind.attributes.get("arch")) or os.uname().machine,
         os_type=(kind and kind.text.strip()) or "hvm",
         kind=root.attributes.get("type", "vman"),

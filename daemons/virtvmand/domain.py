@@ -45,6 +45,8 @@ _XML_FLAGS = XML_SECURE | XML_INACTIVE | XML_UPDATE_CPU | XML_MIGRATABLE
 
 _UNDER_WAY = {"suspend": RUNNING, "reboot": RUNNING, "restore": PAUSED, "shutdown": IN_SHUTDOWN}
 """What a domain is while vmand carries out a command on it; with any other it is shut off."""
+_LASTING = 6
+# So much of what a definition without a text is made of stays when its guest comes and goes.
 _BY_FORCE = "ended by force"
 # How vmand's reason begins where a guest did not obey the button. Were it another, such an end would only be taken for
 # one in order.
@@ -163,11 +165,11 @@ class Domain:
 
     def defined_as_in(self, other: "Domain") -> bool:
         """Whether both have one and the same definition, without reading it."""
-        return self._source("config") == other._source("config")  # noqa: SLF001 - its own kind
+        return self._source("config")[:_LASTING] == other._source("config")[:_LASTING]  # noqa: SLF001 - its own kind
 
     def runs_as_in(self, other: "Domain") -> bool:
         """Whether both guests have one and the same definition, without reading it."""
-        return self._source("current") == other._source("current")  # noqa: SLF001 - its own kind
+        return self._source("current")[:_LASTING] == other._source("current")[:_LASTING]  # noqa: SLF001
 
     def _text(self) -> str:
         xml = self.annotations.get(XML, "")
@@ -179,32 +181,31 @@ class Domain:
         text = self.annotations.get(LIVE) if which == "current" and self.active else None
         if text is None:
             text = self._text()
-        made_of = (text, one.name, one.cores, one.memory_bytes)
-        return made_of if text else (*made_of, one.mode, one.secure, one.strict, one.arch, one.vsock_cid)
+        if text:
+            return text, one.name
+        lasting = (one.name, one.mode, one.cores, one.memory_bytes, one.secure, one.strict)
+        return (*lasting, one.arch, one.vsock_cid)
 
     def _read(self, text: str) -> Definition:
         if text:
             try:
                 one = domxml.known_definition(text)
                 if one.plan.uuid == self.partition.uuid:
-                    return _fitting(one, self.partition)
+                    return _named(one, self.name)
                 log.warning("domain %s: its definition is of no use, one is made of the partition", self.name)
             except LibvirtError as error:
-                log.warning("domain %s: its definition is of no use, one is made of the partition: %s", self.name, error)
+                log.warning(
+                    "domain %s: its definition is of no use, one is made of the partition: %s", self.name, error
+                )
         return domxml.synthesized(self.partition)
 
 
-def _fitting(one: Definition, partition: Partition) -> Definition:
-    """The definition with what the partition really has: whoever uses vmand itself may have changed that."""
-    text, plan = one.xml, one.plan
-    if plan.name != partition.name:
-        text = domxml.with_name(text, partition.name)
-    if plan.cores != partition.cores:
-        text = domxml.with_vcpus(text, partition.cores)
-    if plan.memory_bytes != partition.memory_bytes:
-        kib = partition.memory_bytes // 1024
-        text = domxml.with_memory(text, memory_kib=kib, current_kib=kib)
-    return one if text is one.xml else domxml.known_definition(text)
+def _named(one: Definition, name: str) -> Definition:
+    """The definition with the name that the partition has: whoever uses vmand itself may have changed it.
+
+    Its size may be another on purpose: what was defined while a guest ran counts from the next start.
+    """
+    return one if one.plan.name == name else domxml.known_definition(domxml.with_name(one.xml, name))
 
 
 def _life(partition: Partition, domain: Domain | None, *, destroyed: bool) -> _Life:

@@ -36,7 +36,7 @@ def metadata(xml: str, kind: int, uri: str | None) -> str:
     document = parse(xml)
     if kind in _TEXTS:
         found = document.root.child(_TEXTS[kind])
-        if found is None:
+        if found is None or not found.text:
             raise LibvirtError(Code.NO_DOMAIN_METADATA, f"metadata not found: the domain has no {_TEXTS[kind]}")
         return found.text
     uri = _uri(kind, uri)
@@ -60,7 +60,7 @@ def with_metadata(xml: str, kind: int, value: str | None, key: str | None, uri: 
         if kind == TITLE and value is not None and "\n" in value:
             raise LibvirtError(Code.INVALID_ARG, "metadata: a title has one line; a description may have more")
         edits = Edits(document)
-        _set_text(edits, document.root, _TEXTS[kind], value)
+        _set_text(edits, document.root, _TEXTS[kind], value or None)  # an empty one is none, as in libvirt
         text = edits.text()
     else:
         uri = _uri(kind, uri)
@@ -203,8 +203,7 @@ def _bare(document: Document, element: Element, uri: str) -> str:
     prefix = element.tag.rpartition(":")[0]
     declared = {name for one in inside for name in one.attributes if name.startswith("xmlns")}
     prefixes = {name.partition(":")[0] for one in inside for name in one.attributes if ":" in name} - {"xml", "xmlns"}
-    # Without their prefix elements would be of a default namespace where one is declared between.
-    if prefix not in prefixes and not any(one.attributes.get("xmlns", uri) != uri for one in inside):
+    if prefix not in prefixes and not any(_hidden(element, uri)):
         for name, value in element.attributes.items():
             if name.startswith("xmlns") and value == uri:
                 edits.set_attribute(element, name, None)
@@ -225,3 +224,11 @@ def _below(element: Element) -> Iterator[Element]:
     yield element
     for one in element.children:
         yield from _below(one)
+
+
+def _hidden(element: Element, uri: str, *, default: bool = False) -> Iterator[bool]:
+    """Whether elements of ``uri`` would be of another namespace, a default one declared around them, without prefix."""
+    default = element.attributes.get("xmlns", uri if not default else "") != uri
+    yield default and element.namespace == uri
+    for one in element.children:
+        yield from _hidden(one, uri, default=default)

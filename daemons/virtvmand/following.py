@@ -95,8 +95,10 @@ class Following:
             self._broken.cancel()
             for task in (*work, *self._reading.values()):
                 task.cancel()
-            await asyncio.gather(self._broken, *work, *self._reading.values(), return_exceptions=True)
-            await self._vmand.close()
+            try:
+                await asyncio.gather(self._broken, *work, *self._reading.values(), return_exceptions=True)
+            finally:
+                await self._vmand.close()
 
     async def refresh(self, partition: int) -> None:
         """Read a partition's annotations, so that they are told as they are now or later."""

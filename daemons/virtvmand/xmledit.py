@@ -14,7 +14,7 @@ _BLANK = b" \t\r\n"
 
 
 class Edits:
-    """Replacements in a document, gathered and then made at once."""
+    """Replacements in a document, gathered and then made at once. No byte is replaced twice."""
 
     def __init__(self, document: Document) -> None:
         self._data = document.data

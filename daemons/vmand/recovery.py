@@ -93,8 +93,6 @@ async def _settle_one(service: Service, record: Record) -> None:
         case model.SHUTDOWN if record.leave and record.state in LIVE:
             await _adopt(service, record)
         case model.CHANGE:
-            if not await service.backend.holds(record):
-                await service.backend.release(record)  # half of what was wanted; it gets what it had below
             service.book.hold(record)
             service.book.put_late(record.at_rest(State.READY, reason=record.reason))
         case model.DEPLOY | model.SHUTDOWN:

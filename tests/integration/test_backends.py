@@ -197,6 +197,70 @@ async def test_every_command_while_another_is_under_way(sides: tuple[Side, Side]
     assert forced == waited == ("done", "READY")
 
 
+async def test_a_shutdown_that_leaves(sides: tuple[Side, Side]) -> None:
+    """A guest that ignores it is afterwards as it was."""
+
+    async def case(side: Side) -> list[Any]:
+        seen: list[Any] = []
+        for state in (State.DEPLOYED, State.SUSPENDED):
+            one = await side.make(state)
+            seen.append(await side.answer("shutdown", id=one, timeout_s=0.1, leave=True))
+            seen.append(await side.state(one))
+            seen.append(await side.answer("shutdown", id=one, leave=True, force=True))
+            seen.append(await side.answer("suspend" if state is State.DEPLOYED else "restore", id=one))
+            seen.append(await side.answer("shutdown", id=one, force=True))
+            await side.call("destroy-partition", id=one)
+        return seen
+
+    running, suspended = (told := await both(sides, case))[:5], told[5:]
+    assert running[0] == ("timeout", "shutdown: the guest did not power off within 0.1 s; it goes on, and is DEPLOYED")
+    assert suspended[0] == (running[0][0], running[0][1].replace("DEPLOYED", "SUSPENDED"))
+    assert (running[1], running[3:]) == ("DEPLOYED", [("done", "SUSPENDED"), ("done", "READY")])
+    assert (suspended[1], suspended[3:]) == ("SUSPENDED", [("done", "DEPLOYED"), ("done", "READY")])
+    assert running[2] == suspended[2]
+    assert running[2][0] == "bad-request"
+
+
+async def test_changes_and_annotations(sides: tuple[Side, Side]) -> None:
+    uuid = "5f0f2f5c-8a51-4f0e-9e5e-0d8f5a0c7b11"
+
+    async def case(side: Side) -> list[Any]:
+        one = await side.create(name="a", uuid=uuid, annotations={"k": "1"})
+        seen: list[Any] = [
+            await side.answer("change-partition", id=one, **args)
+            for args in (
+                {"name": "b", "annotations": {"k": None, "l": "2"}},
+                {"memsize": 0.25},
+                {"memsize": 64_000},
+                {"cores": 2},
+                {"secure": True},
+                {"memsize": 0.5, "cores": 1, "name": "c"},
+            )
+        ]
+        seen[2] = (seen[2][0], re.sub(r"\d+ MiB are left", "", seen[2][1]))
+        await side.vmand.kill()
+        await side.vmand.start()
+        async with await side.vmand.client() as side.client:
+            assert "taking it anew" not in side.vmand.log_text()
+            status = await side.client.status("c")
+            await side.deploy(one)
+            seen += [status.id, status.uuid, status.memory_bytes, status.cores, status.reason]
+            seen += [await side.client.annotations(one), await side.answer("change-partition", id=one, name="d")]
+            seen += [await side.answer("annotate", id=one, annotations={"l": "3"}), await side.state(one)]
+        return seen
+
+    seen = await both(sides, case)
+    codes = ["done", "done", "no-capacity", "no-capacity", "unsupported", "done"]
+    assert [one[0] for one in seen[:6]] == codes
+    assert seen[6:11] == [1, uuid, 512 << 20, 1, ""]
+    assert seen[11:] == [
+        {"l": "2"},
+        ("bad-state", "partition 1 is DEPLOYED; change-partition needs READY (shutdown leads there)"),
+        ("done", ""),
+        "DEPLOYED",
+    ]
+
+
 async def test_mistakes(sides: tuple[Side, Side], tmp_path: Path) -> None:
     for name, content in {"none": b"nothing", "cpio": b"070701" * 900, "tree": b"\xd0\x0d\xfe\xed" * 900}.items():
         (tmp_path / name).write_bytes(content)
@@ -225,10 +289,17 @@ async def test_mistakes(sides: tuple[Side, Side], tmp_path: Path) -> None:
         ("deploy", {**at, "cmdline": "a" * 2049}, "bad-request", "cmdline: longer than 2048 bytes"),
         ("deploy", {**at, "kernel": 0}, "bad-request", "kernel: there is no descriptor 0: none came"),
         ("deploy", {**at, "colour": 1}, "bad-request", "unknown field colour"),
+        ("create-partition", {"cores": 1, "memsize": 1, "uuid": "A"}, "bad-request", "uuid: 'A' is none as RFC 9562"),
+        ("change-partition", {"id": 1, "name": "a/b"}, "bad-request", "name: 'a/b' is not 1 to 32"),
+        ("change-partition", {"id": 1, "mode": "x"}, "bad-request", "mode: Invalid enum value 'x'"),
+        ("change-partition", {"id": 1, "cores": 4095}, "bad-request", "cores: 4095 are wanted and this host has"),
+        ("annotate", {"id": 1, "annotations": {"A": "x"}}, "bad-request", "annotations: the key 'A' is not 1 to 64"),
+        ("annotate", {"id": 1, "annotations": {"a": 1}}, "bad-request", "annotations.*: Expected str"),
+        ("annotations", {"id": 77}, "not-found", "there is no partition 77"),
         ("shutdown", {"id": 1, "timeout_s": -1}, "bad-request", "timeout_s: Expected float >= 0"),
         ("status", {"id": "nobody"}, "not-found", "there is no partition 'nobody'"),
         ("attach-console", {"id": "nobody"}, "not-found", "there is no partition 'nobody'"),
-        ("explode", {}, "bad-request", "unknown command 'explode'; known: attach-console"),
+        ("explode", {}, "bad-request", "unknown command 'explode'; known: annotate, "),
     ]
     for command, args, code, text in cases:
 
@@ -268,7 +339,7 @@ async def test_descriptors(sides: tuple[Side, Side]) -> None:
 
 async def test_what_differs_is_said(sides: tuple[Side, Side]) -> None:
     """Traits, grades, accelerators: told by ``capabilities`` and ``status``, in the same fields."""
-    _qemu, firmware = sides
+    qemu, firmware = sides
     told = await firmware.client.capabilities()
     assert (told.backend, told.cores_pool, told.cores_grade.value) == ("vmanager", (1,), "isolated")
     assert told.supports == ("device-tree", "exit-events", "shutdown", "suspend")
@@ -289,5 +360,8 @@ async def test_what_differs_is_said(sides: tuple[Side, Side]) -> None:
         assert code == "unsupported"
         assert text in said
     await firmware.call("shutdown", id=one, force=True)
+    code, said = await firmware.answer("deploy", partition_id=one, kernel=str(firmware.kernel), paused=True)
+    assert (code, "begin as soon as they are loaded" in said) == ("unsupported", True)
+    assert "paused" in (await qemu.client.capabilities()).supports
     code, said = await firmware.answer("deploy", partition_id=one, kernel=str(firmware.kernel), vsock=True)
     assert (code, "no virtio devices" in said) == ("unsupported", True)

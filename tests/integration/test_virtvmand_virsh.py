@@ -189,7 +189,6 @@ async def test_events(virsh: Virsh) -> None:
             ("destroy lively", "event 'lifecycle' for domain 'lively': Stopped Destroyed"),
             ("undefine lively", "event 'lifecycle' for domain 'lively': Undefined Removed"),
             (f"define {virsh.home}/quiet.xml", "event 'lifecycle' for domain 'quiet': Defined Added"),
-            (f"define {virsh.home}/quiet.xml --validate", ""),
             ("desc quiet --config --new-desc words", "event 'metadata-change' for domain 'quiet'"),
             ("setmaxmem quiet 192M --config", "event 'lifecycle' for domain 'quiet': Defined Updated"),
             (f"create {virsh.home}/brief.xml", "event 'lifecycle' for domain 'brief': Started Booted"),

@@ -143,10 +143,9 @@ def test_what_did_not_change_has_no_successor() -> None:
 
 
 def shared(old: Domain, new: Domain) -> tuple[bool, bool]:
-    assert old.config
-    assert old.current
+    config, current = old.config, old.current
     made = old.successor(new.partition, new.annotations)
-    return made.config is old.config, made.current is old.current
+    return made.config is config, made.current is current
 
 
 def test_definitions_are_shared_as_long_as_their_source_is_the_same() -> None:
@@ -157,7 +156,8 @@ def test_definitions_are_shared_as_long_as_their_source_is_the_same() -> None:
     assert shared(old, Domain(RUNS, {**old.annotations, XML: TEXT.replace(">/k<", ">/n<")})) == (False, True)
     assert shared(old, Domain(RUNS, {**old.annotations, LIVE: TEXT})) == (True, False)
     assert shared(old, Domain(READY, old.annotations)) == (True, False)
-    assert shared(old, Domain(msgspec.structs.replace(RUNS, cores=1), old.annotations)) == (False, False)
+    assert shared(old, Domain(msgspec.structs.replace(RUNS, cores=1), old.annotations)) == (True, True)
+    assert shared(old, Domain(msgspec.structs.replace(RUNS, name="x"), old.annotations)) == (False, False)
     plain = Domain(READY, {})
     assert shared(plain, Domain(partition(reason="x"), {})) == (True, True)
     assert shared(plain, Domain(partition(mode=Mode.SHARED), {}))[0] is False
@@ -192,12 +192,16 @@ def test_a_definition_of_no_use_is_made_of_the_partition(text: str) -> None:
     assert "one" in domain.xml()
 
 
-def test_the_definition_says_what_the_partition_has() -> None:
-    domain = Domain(partition(name="other", cores=3, memory_bytes=128 << 20), ANNOTATED)
-    plan = domain.config.plan
-    assert (plan.name, plan.cores, plan.memory_bytes, plan.kernel) == ("other", 3, 128 << 20, "/k")
+def test_the_definition_has_the_name_of_the_partition() -> None:
+    domain = Domain(partition(name="other"), ANNOTATED)
+    assert (domain.config.plan.name, domain.config.plan.kernel) == ("other", "/k")
     assert "<name>other</name>" in domain.xml()
     assert Domain(READY, ANNOTATED).config.xml == TEXT
+
+
+def test_the_definition_may_be_of_another_size() -> None:
+    domain = Domain(partition(cores=3, memory_bytes=128 << 20), ANNOTATED)  # it was changed while a guest ran
+    assert (domain.config.plan.cores, domain.config.plan.memory_bytes) == (2, 64 << 20)
 
 
 def test_xml_by_flags() -> None:
@@ -295,6 +299,14 @@ def test_nothing_was_and_nothing_is() -> None:
     assert changes(None, None) == ()
 
 
+def test_what_vmand_made_is_not_defined_anew_by_its_guest() -> None:
+    off = Domain(READY, {})
+    runs = off.successor(partition(State.DEPLOYED, vsock_cid=5))
+    assert off.config is not runs.config
+    assert told(changes(off, runs)) == "started"
+    assert told(changes(runs, runs.successor(READY))) == "shutdown stopped:0"
+
+
 def test_what_is_destroyed_is_no_shutdown() -> None:
     old = Domain(RUNS, ANNOTATED)
     assert told(changes(old, old.successor(READY, destroyed=True))) == "stopped:1"
@@ -384,6 +396,6 @@ def test_rename() -> None:
 
 
 def test_a_change_that_vmand_was_asked_for() -> None:
-    for notes in ({}, ANNOTATED):
+    for notes, expected in (({}, "defined:1"), (ANNOTATED, "")):
         before = Domain(READY, notes)
-        assert told(changes(before, before.successor(partition(cores=3)))) == "defined:1"
+        assert told(changes(before, before.successor(partition(cores=3)))) == expected

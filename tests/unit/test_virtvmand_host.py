@@ -242,7 +242,7 @@ def test_files_with_a_number(tmp_path: Path, text: str, number: int | None) -> N
 
 def test_the_map_reaches_to_the_last_cpu_that_is_present(tmp_path: Path) -> None:
     tree = Tree(tmp_path, host("0-1,9", present="0-11"))
-    assert hostinfo.cpu_map(sysfs=tree.sys) == (12, {0, 1, 9})
+    assert hostinfo.cpu_map(sysfs=tree.sys) == (12, frozenset({0, 1, 9}))
 
 
 @pytest.mark.parametrize(

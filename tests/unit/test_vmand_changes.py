@@ -1,4 +1,4 @@
-"""Annotations, a partition's own uuid, a paused start, a shutdown that leaves, changes: against a back end in memory."""
+"""Changes, paused starts, shutdowns that leave, memory that comes back: against a back end in memory."""
 
 import asyncio
 import contextlib
@@ -138,7 +138,7 @@ async def test_a_uuid_of_ones_own(daemon: Daemon) -> None:
     one = await daemon.make(State.READY, own_uuid=UUID, annotations={"a": "1"})
     assert daemon.service.status(one).uuid == UUID
     for bad in ("x", UUID.upper(), UUID[:-1], f"{UUID}\n", "00000000-0000-0000-0000-000000000000", f"../{UUID}"):
-        with pytest.raises(BadRequestError, match="uuid: .* is none as"):
+        with pytest.raises(BadRequestError, match=r"uuid: .* is none as"):
             await daemon.make(State.READY, own_uuid=bad)
     with pytest.raises(BadRequestError, match=f"uuid: {UUID} is another partition's"):
         await daemon.make(State.READY, own_uuid=UUID)
@@ -305,7 +305,7 @@ async def test_a_guest_that_ends_in_the_last_moment(
         done = await daemon.service.shutdown(one, timeout_s=0.01, leave=True)
         assert done.reason == ""
     else:
-        with pytest.raises(FailedError, match="did not power off within .*, and it failed meanwhile"):
+        with pytest.raises(FailedError, match=r"did not power off within .*, and it failed meanwhile"):
             await daemon.service.shutdown(one, timeout_s=0.01, leave=True)
     (row,) = daemon.rows()
     assert (row.state, row.pending, row.run) == (state, "", "")

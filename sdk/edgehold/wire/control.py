@@ -93,7 +93,8 @@ class Connection:
             ValueError, OSError: as `LineStream.send`; never without descriptors.
         """
         stream = self._stream
-        if stream.unsent_bytes + len(line) > MAX_UNREAD_BYTES or (
+        # One answer may be longer than that, as a list of all partitions: it goes where nothing waits before it.
+        if (stream.unsent_bytes and stream.unsent_bytes + len(line) > MAX_UNREAD_BYTES) or (
             fds and stream.unsent_fds + len(fds) > MAX_UNREAD_FDS
         ):
             log.warning("cutting off a peer that does not read", extra={"peer": str(self.peer)})
@@ -394,11 +395,14 @@ class ControlClient:
             await self._event.wait()
 
     async def close(self) -> None:
-        """End the conversation."""
+        """End the conversation. What an ``on_event`` raised comes out here."""
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-        self._stream.close()
+        try:
+            await asyncio.wait({self._task})  # it never takes a cancellation of the caller for the reader's
+        finally:
+            self._stream.close()
+        if not self._task.cancelled():
+            self._task.result()
 
     def _send(self, line: bytes, fds: Sequence[int]) -> None:
         if len(fds) > MAX_FDS:
