@@ -1,7 +1,8 @@
 """A byte stream between a client and a socket of the host: libvirt's streams, as consoles use them.
 
-Data travels in packets with the procedure and the serial of the call that opened the stream. Who ends it says so, and
-the other side confirms. What a slow client does not take is not read from the socket either.
+Data travels in packets with the procedure and the serial of the call that opened the stream; an empty one is its end.
+The client finishes the stream or gives it up, and that is confirmed. What a slow client does not take is not read from
+the socket either.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ class Stream(asyncio.Protocol):
         self._send = send
         self._transport: asyncio.Transport | None = None
         self._connecting: asyncio.Task[object] | None = None
+        self._early = bytearray()
         self._paused = False
         self._over = False
 
@@ -47,8 +49,10 @@ class Stream(asyncio.Protocol):
         self._transport = transport
         if self._over:
             transport.abort()
-        elif self._paused:
+            return
+        if self._paused:
             transport.pause_reading()
+        self._type(bytes(self._early))
 
     def data_received(self, data: bytes) -> None:
         for at in range(0, len(data), MAX_STREAM_BYTES):
@@ -61,7 +65,8 @@ class Stream(asyncio.Protocol):
         self._transport = None
         if not self._over:
             self._over = True
-            self._send(OK, b"")  # the end; the client confirms it
+            # The end of the data is a piece without any: the client then says that it has finished, which is confirmed.
+            self._send(CONTINUE, b"")
 
     # From the client
 
@@ -71,13 +76,11 @@ class Stream(asyncio.Protocol):
             if not self._over and payload:
                 self._type(payload)
             return False
-        ended_by_us = self._over
-        self._over = True
+        self.close()
         if status == ERROR:
             self._send(ERROR, error_payload(LibvirtError(Code.RPC, "the client gave the stream up")))
-        elif not ended_by_us or status == OK:
+        else:
             self._send(OK, b"")
-        self.close()
         return True
 
     def pause(self) -> None:
@@ -102,12 +105,13 @@ class Stream(asyncio.Protocol):
 
     def _type(self, data: bytes) -> None:
         transport = self._transport
-        if transport is None:
-            return  # between two turns of the loop; a client that waits for the answer never comes here
-        if transport.get_write_buffer_size() + len(data) > _MAX_TYPED_BYTES:
+        waiting = len(self._early) if transport is None else transport.get_write_buffer_size()
+        if waiting + len(data) > _MAX_TYPED_BYTES:
             self._over = True
             refusal = LibvirtError(Code.OPERATION_FAILED, "the guest does not take what is typed on its console")
             self._send(ERROR, error_payload(refusal))
             self.close()
+        elif transport is None:  # typed before the socket is ready
+            self._early += data
         else:
             transport.write(data)

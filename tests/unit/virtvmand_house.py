@@ -112,9 +112,9 @@ class House:
         config = Config(runtime_dir=str(self.directory), shutdown_timeout_s=timeout_s, reboot_timeout_s=1.0)
         self.mirror = Mirror(
             self.directory / "v.sock",
-            tell=lambda happening: self.driver.tell.happened(happening),
-            changed=lambda old, new: self.keeper.changed(old, new),
-            synced=lambda: self.keeper.synced(),
+            tell=lambda happening: self.driver.tell.happened(happening),  # noqa: PLW0108
+            changed=lambda old, new: self.keeper.changed(old, new),  # noqa: PLW0108
+            synced=lambda: self.keeper.synced(),  # noqa: PLW0108
         )
         self.faults = 0
         self.context = Context(mirror=self.mirror, config=config, on_fault=self._fault)
@@ -176,7 +176,7 @@ class House:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - no event tells of all that is waited for
                 await asyncio.sleep(0.001)
 
     def told(self) -> list[tuple[str, int, int]]:

@@ -1,0 +1,268 @@
+"""Clients that say nothing, half of something, or never read: each costs little, is cut off, and nobody else waits.
+
+A real guest prints without end, so that consoles that nobody reads have something to hold.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from edgehold.api.vmand import Mode
+from edgehold.testing.capability import need_root
+from edgehold.testing.partitions import PrivateVmand
+from edgehold.testing.virtvmand import PrivateVirtvmand, private_virtvmand
+from tests.integration.rawrpc import ClosedError, RawClient, RefusedError, frame, refusal
+from tests.libvirt.guest import printed, type_until
+from virtvmand import wire
+from virtvmand.table import NUMBERS
+from virtvmand.wire import Packet
+from virtvmand.xdr import Domain
+
+CMDLINE = "quiet no_timer_check tsc=reliable panic=-1 edgehold.shell=ttyS0"
+SMALL = 4096
+"""A receive buffer of the kernel's that is full soon."""
+MAX_GROWTH_KIB = 8 * 1024
+# The daemon's limits are 30 s (nothing opened, nothing read, nothing answered); a busy host is slow.
+CUT_OFF_S = 75.0
+OTHERS_S = 2.0
+_CONSOLE = NUMBERS["domain_open_console"]
+_PING = frame([28, wire.KEEPALIVE, 1, wire.PING, wire.MESSAGE, 0, 0])
+
+
+@pytest_asyncio.fixture
+async def daemon(vmand: PrivateVmand, image: tuple[Path, Path]) -> AsyncIterator[PrivateVirtvmand]:
+    """In front of a vmand with a guest that has a shell on its console, and a partition that is off."""
+    need_root()
+    async with await vmand.client() as client:
+        partition = await client.create_partition(cores=1, memsize_gb=0.125, mode=Mode.SHARED, name="guest")
+        await client.create_partition(cores=1, memsize_gb=16 / 1024, mode=Mode.SHARED, name="off")
+        await client.deploy(partition, kernel=image[0], initrd=image[1], cmdline=CMDLINE)
+    await printed(vmand, "guest")
+    async with private_virtvmand(vmand) as one:
+        yield one
+        assert one.running, one.log_text()[-3000:]
+        assert "Traceback" not in one.log_text()
+
+
+async def domain(client: RawClient, name: str) -> Domain:
+    (found,) = await client.call("domain_lookup_by_name", name)
+    assert isinstance(found, Domain)
+    return found
+
+
+async def open_console(client: RawClient, name: str = "guest") -> int:
+    """The serial of a console's stream."""
+    packet = client.packet("domain_open_console", await domain(client, name), None, 0)
+    answer = await client.ask(packet)
+    if answer.status == wire.ERROR:
+        raise RefusedError(*wire.read_error(answer.payload))
+    return packet.serial
+
+
+def streamed(serial: int, status: int, payload: bytes = b"") -> bytes:
+    return wire.encode(Packet(wire.REMOTE, 1, _CONSOLE, wire.STREAM, serial, status, payload))
+
+
+async def ended(client: RawClient) -> None:
+    """Until the server has cut this client off; nothing that it said is read before that.
+
+    A peer's end shows without reading: poll(2) says POLLHUP, and what is written is refused.
+    """
+    async with asyncio.timeout(CUT_OFF_S):
+        while True:
+            try:
+                client.sock.send(_PING)
+            except BlockingIOError:
+                pass
+            except ConnectionError:
+                return
+            await asyncio.sleep(0.2)
+
+
+async def says_nothing(daemon: PrivateVirtvmand) -> None:
+    async with await RawClient.connect(daemon.socket, flags=None) as client:
+        assert await client.until_closed(timeout_s=CUT_OFF_S) == []
+
+
+async def says_half_a_header(daemon: PrivateVirtvmand) -> None:
+    async with await RawClient.connect(daemon.socket, flags=None) as client:
+        await client.send(_PING[:13])
+        assert await client.until_closed(timeout_s=CUT_OFF_S) == []
+
+
+async def says_a_byte_now_and_then(daemon: PrivateVirtvmand) -> None:
+    """Never as much as a call that opens."""
+    async with await RawClient.connect(daemon.socket, flags=None) as client:
+        with contextlib.suppress(ClosedError):
+            async with asyncio.timeout(CUT_OFF_S):
+                for byte in itertools.chain(frame([16_000, wire.REMOTE, 1, 1, 0, 1, 0]), itertools.repeat(0)):
+                    await client.send(bytes([byte]))
+                    await asyncio.sleep(0.1)
+
+
+async def does_not_answer_pings(daemon: PrivateVirtvmand) -> None:
+    async with await RawClient.connect(daemon.socket) as client:
+        assert await client.call("connect_supports_feature", 10) == (1,)
+        heard = await client.until_closed(timeout_s=CUT_OFF_S)
+        assert [(one.program, one.procedure, one.kind) for one in heard] == [
+            (wire.KEEPALIVE, wire.PING, wire.MESSAGE)
+        ] * 5
+
+
+async def answers_pings(daemon: PrivateVirtvmand) -> None:
+    """And is not cut off: more of them come than the one above lived for."""
+    async with await RawClient.connect(daemon.socket) as client:
+        await client.call("connect_supports_feature", 10)
+        for _ in range(7):
+            ping = await client.next()
+            assert ping.procedure == wire.PING
+            await client.send(wire.encode(ping._replace(procedure=wire.PONG)))
+        await domain(client, "off")
+
+
+async def never_asked_for_pings(daemon: PrivateVirtvmand) -> None:
+    async with await RawClient.connect(daemon.socket) as client:
+        with pytest.raises(TimeoutError):
+            await client.next(timeout_s=36)
+        await domain(client, "off")
+
+
+async def calls_and_does_not_read(daemon: PrivateVirtvmand) -> None:
+    async with await RawClient.connect(daemon.socket, receive_bytes=SMALL) as client:
+        guest = await domain(client, "guest")
+        call = wire.encode(client.packet("domain_get_xml_desc", guest, 0))
+        with contextlib.suppress(ClosedError, TimeoutError):
+            async with asyncio.timeout(10):
+                while True:
+                    await client.send(call * 100)
+        await ended(client)
+
+
+async def asks_for_slow_things_and_does_not_read(daemon: PrivateVirtvmand) -> None:
+    """Calls that vmand is asked for: 16 are under way at once, the others are refused."""
+    async with await RawClient.connect(daemon.socket, receive_bytes=SMALL) as client:
+        off = await domain(client, "off")
+        call = wire.encode(client.packet("domain_set_autostart", off, 0))
+        with contextlib.suppress(ClosedError, TimeoutError):
+            async with asyncio.timeout(10):
+                while True:
+                    await client.send(call * 100)
+        await ended(client)
+
+
+async def subscribes_and_does_not_read(daemon: PrivateVirtvmand) -> None:
+    async with await RawClient.connect(daemon.socket, receive_bytes=SMALL) as client:
+        for _ in range(256):
+            await client.call("connect_domain_event_callback_register_any", 23, None)
+        async with await RawClient.connect(daemon.socket) as other:
+            off = await domain(other, "off")
+            for at in range(400):  # 256 messages of some 70 bytes each time
+                await other.call("domain_set_metadata", off, 1, f"title {at}", None, None, 2)
+        await ended(client)
+
+
+async def looks_at_a_console_and_does_not_read(daemon: PrivateVirtvmand) -> None:
+    async with await RawClient.connect(daemon.socket, receive_bytes=SMALL) as client:
+        await open_console(client)
+        await open_console(client)
+        await ended(client)
+
+
+async def types_what_nobody_takes(daemon: PrivateVirtvmand) -> None:
+    """Megabytes into a console: the stream is ended, the connection is not."""
+    async with await RawClient.connect(daemon.socket) as client:
+        serial = await open_console(client)
+        reading = asyncio.create_task(read_until_the_end_of(client, serial))
+        with contextlib.suppress(ClosedError):
+            for _ in range(200):
+                if reading.done():
+                    break
+                await client.send(streamed(serial, wire.CONTINUE, b"#" * 50_000))
+        await reading
+        await domain(client, "off")
+
+
+async def read_until_the_end_of(client: RawClient, serial: int) -> None:
+    while True:
+        one = await client.next(timeout_s=CUT_OFF_S)
+        if (one.kind, one.serial) == (wire.STREAM, serial) and one.status != wire.CONTINUE:
+            return
+
+
+HANGING: tuple[Callable[[PrivateVirtvmand], Awaitable[None]], ...] = (
+    says_nothing,
+    says_half_a_header,
+    says_a_byte_now_and_then,
+    does_not_answer_pings,
+    answers_pings,
+    never_asked_for_pings,
+    calls_and_does_not_read,
+    asks_for_slow_things_and_does_not_read,
+    subscribes_and_does_not_read,
+    looks_at_a_console_and_does_not_read,
+    types_what_nobody_takes,
+)
+
+
+@pytest.mark.slow
+async def test_clients_that_hang(vmand: PrivateVmand, daemon: PrivateVirtvmand) -> None:
+    """All at once, because each is given half a minute; somebody else is answered all the time."""
+    await type_until(vmand, "guest", b"yes edgehold &\n", "edgehold\r\nedgehold\r\nedgehold")
+    slowest = 0.0
+    before, most = daemon.rss_kib(), 0
+
+    async def others() -> None:
+        nonlocal slowest, most
+        async with await RawClient.connect(daemon.socket) as client:
+            while True:
+                begin = time.monotonic()
+                assert (await domain(client, "guest")).id > 0
+                slowest = max(slowest, time.monotonic() - begin)
+                most = max(most, daemon.rss_kib())
+                await asyncio.sleep(0.05)
+
+    watching = asyncio.create_task(others())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in HANGING:
+                group.create_task(one(daemon), name=one.__name__)
+        assert not watching.done(), await watching
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+    print(f"\nothers waited {slowest * 1000:.0f} ms at most; RSS {before} -> {most} KiB")  # noqa: T201 - a figure
+    assert slowest < OTHERS_S
+    assert most - before < MAX_GROWTH_KIB, f"{before} KiB before, {most} KiB at most"
+
+
+async def test_sixteen_streams(daemon: PrivateVirtvmand) -> None:
+    before = len(os.listdir(f"/proc/{daemon.pid}/fd"))  # noqa: PTH208 - names are enough
+    async with await RawClient.connect(daemon.socket) as client:
+        serials = [await open_console(client) for _ in range(16)]
+        with pytest.raises(RefusedError) as caught:
+            await open_console(client)
+        assert caught.value.code == 9
+        again = client.packet("domain_open_console", await domain(client, "guest"), None, 0, serial=serials[0])
+        assert refusal(await client.ask(again)) == 9
+        await client.send(streamed(serials[0], wire.OK))
+        await read_until_the_end_of(client, serials[0])
+        await client.send(streamed(serials[1], wire.ERROR))
+        await read_until_the_end_of(client, serials[1])
+        assert await open_console(client) > 0
+        with pytest.raises(RefusedError) as caught:
+            await open_console(client, "off")
+        assert caught.value.code == 55
+    for _ in range(50):  # one that is gone before its console is there
+        async with await RawClient.connect(daemon.socket) as client:
+            guest = await domain(client, "guest")
+            await client.send(wire.encode(client.packet("domain_open_console", guest, None, 0)))
+    async with asyncio.timeout(20):
+        while len(os.listdir(f"/proc/{daemon.pid}/fd")) > before:  # noqa: ASYNC110, PTH208 - another process'
+            await asyncio.sleep(0.02)
