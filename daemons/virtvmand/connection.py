@@ -98,8 +98,6 @@ class Connection(asyncio.Protocol):
         if self._stalled is not None:
             self._stalled.cancel()
             self._stalled = None
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
         for stream in self._streams.values():
             stream.resume()
         if not self._going_on:
@@ -154,12 +152,14 @@ class Connection(asyncio.Protocol):
                     return
                 packet = self._framer.next()
                 if packet is None:
+                    self._transport.resume_reading()
                     return
                 self._take(packet)
         except WireError as error:
             self._cut_off(str(error))
             return
         self._going_on = True
+        self._transport.pause_reading()  # or a client that sends faster than we work would fill our memory
         self._loop.call_soon(self._go_on)
 
     def _take(self, packet: Packet) -> None:

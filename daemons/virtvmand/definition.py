@@ -84,7 +84,7 @@ def read_definition(xml: str, *, uuid: str = "") -> Definition:
         judge.wrong("domain@type", "it is missing; write type='vman'")
     check_tables(judge, root)
     plan = _plan(judge, root, uuid)
-    return _definition(judge, root, _completed(document, plan), plan)
+    return _definition(judge, root, _completed(xml, document, plan), plan)
 
 
 def known_definition(xml: str) -> Definition:
@@ -121,7 +121,7 @@ def _definition(judge: Judge, root: Element, xml: str, plan: Plan) -> Definition
     )
 
 
-def _completed(document: Document, plan: Plan) -> str:
+def _completed(xml: str, document: Document, plan: Plan) -> str:
     """The text with what a definition gets where it was not written: it must be the same the next time."""
     edits, root = Edits(document), document.root
     missing = False
@@ -134,7 +134,7 @@ def _completed(document: Document, plan: Plan) -> str:
             edits.insert_first(element, f"<mac address='{nic.mac}'/>")
             missing = True
     if not missing:
-        return document.data.decode()
+        return xml
     text = edits.text()
     parse(text)  # what was added must not make it too long
     return text

@@ -124,7 +124,7 @@ class Following:
             self._tell_begin([(one, self._annotations[number]) for number, one in sorted(self._partitions.items())])
 
     def _hear(self, event: Event) -> None:
-        if event.kind == "console":
+        if event.kind == "console" or self.over:
             return
         if self._early is not None:
             self._early.append(event)

@@ -151,6 +151,8 @@ class _Builder:
         except expat.ExpatError as error:
             why = expat.ErrorString(error.code)
             refuse(self._what, f"line {error.lineno}, column {error.offset + 1}: {why}")
+        finally:
+            del self._parser  # the parser holds this object by its methods: a circle, for the collector to find one day
         assert self._root is not None  # noqa: S101 - expat refuses a document without one
         return self._root
 

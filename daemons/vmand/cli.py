@@ -16,6 +16,7 @@ COMMANDS = {
     "reboot": "vmand.cli_run:reboot",
     "shutdown": "vmand.cli_run:shutdown",
     "destroy-partition": "vmand.cli_run:destroy_partition",
+    "change-partition": "vmand.cli_run:change_partition",
     "list": "vmand.cli_look:list_partitions",
     "status": "vmand.cli_look:status",
     "vcpus": "vmand.cli_look:vcpus",
@@ -24,7 +25,7 @@ COMMANDS = {
     "events": "vmand.cli_look:events",
     "console": "vmand.cli_console:console",
 }
-SHORT = {"create": "create-partition", "destroy": "destroy-partition"}
+SHORT = {"create": "create-partition", "destroy": "destroy-partition", "change": "change-partition"}
 """Other names of commands whose own name is the documents'."""
 _HELP = """Hard partitions on this host.
 

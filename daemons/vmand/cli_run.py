@@ -48,19 +48,23 @@ class _Guest:
     nics: tuple[Nic, ...]
     vsock: bool
     agent: bool
+    paused: bool
 
     async def deploy(self, vmand: VmandClient, partition: Which) -> None:
         given: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
         await vmand.deploy(partition, **given)
 
 
+_CORES = click.IntRange(1, 4096)
+_MEMSIZE = Number(0, min_open=True)
+_MODES = click.Choice([one.value for one in Mode])
 _WANTED = options(
-    option("cores", type=click.IntRange(1, 4096), required=True, help="How many cores."),
-    option("memsize", type=Number(0, min_open=True), required=True, help="Memory in GiB; may be a fraction."),
+    option("cores", type=_CORES, required=True, help="How many cores."),
+    option("memsize", type=_MEMSIZE, required=True, help="Memory in GiB; may be a fraction."),
     option("secure", type=click.BOOL, default=False, help="true: the secure world, where there is one."),
     option(
         "mode",
-        type=click.Choice([one.value for one in Mode]),
+        type=_MODES,
         default=Mode.DEDICATED.value,
         show_default=True,
         help="dedicated: cores of its own; takes no SCHED_DEADLINE reservation. shared: sized by deadlined.",
@@ -91,6 +95,7 @@ _GUEST = options(
     ),
     option("vsock", is_flag=True, help="An address for vsock(7)."),
     option("agent", is_flag=True, help="A channel for a guest agent."),
+    option("paused", is_flag=True, help="Load the guest and leave it SUSPENDED; restore lets it begin."),
 )
 
 
@@ -161,12 +166,15 @@ async def _undone(vmand: VmandClient, partition: int, error: EdgeholdError) -> E
 @PARTITION
 @option("timeout", "timeout_s", type=TIMEOUT_S, help="Seconds until it is ended by force.")
 @option("force", is_flag=True, help="End it at once, also while another shutdown waits for the guest.")
+@option("leave", is_flag=True, help="Never end it by force: a guest that is not off in time goes on.")
 @click.pass_obj
-def shutdown(output: Output, *, partition: Which, timeout_s: float | None, force: bool) -> None:
+def shutdown(output: Output, *, partition: Which, timeout_s: float | None, force: bool, leave: bool) -> None:
     """Power the guest off; cores and memory stay reserved."""
+    if force and leave:
+        raise click.UsageError("--force ends the guest and --leave never does; give one of them")
 
     async def work(vmand: VmandClient) -> Partition:
-        await vmand.shutdown(partition, timeout_s=timeout_s, force=force)
+        await vmand.shutdown(partition, timeout_s=timeout_s, force=force, leave=leave)
         return await vmand.status(partition)
 
     limit_s = None if force else timeout_s
@@ -221,6 +229,26 @@ def destroy_partition(output: Output, *, partition: Which) -> None:
 
     gone = ask(output, work, doing=f"destroying {partition}", interrupted=_goes_on(partition))
     output.show({"id": gone}, lambda: f"partition {gone} is gone")
+
+
+@click.command("change-partition")
+@PARTITION
+@option("name", help="Another name.")
+@option("cores", type=_CORES, help="How many cores.")
+@option("memsize", "memsize_gb", type=_MEMSIZE, help="Memory in GiB; may be a fraction.")
+@option("secure", type=click.BOOL, help="true: the secure world, where there is one.")
+@option("mode", type=_MODES, help="dedicated or shared.")
+@option("strict", type=click.BOOL, help="true: refuse what can't have isolated cores.")
+@click.pass_obj
+def change_partition(output: Output, /, *, partition: Which, mode: str | None, **given: Any) -> None:
+    """Give a READY partition another name or another share of the host."""
+    if mode is None and all(one is None for one in given.values()):
+        raise click.UsageError("nothing is to be changed; --help shows what can be")
+
+    async def work(vmand: VmandClient) -> Partition:
+        return await vmand.change_partition(partition, mode=Mode(mode) if mode else None, **given)
+
+    _say(output, ask(output, work, doing=f"changing {partition}", interrupted=_goes_on(partition)))
 
 
 def _simple(output: Output, partition: Which, command: Callable[[VmandClient, Which], Awaitable[None]]) -> None:

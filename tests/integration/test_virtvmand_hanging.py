@@ -29,6 +29,7 @@ CMDLINE = "quiet no_timer_check tsc=reliable panic=-1 edgehold.shell=ttyS0"
 SMALL = 4096
 """A receive buffer of the kernel's that is full soon."""
 MAX_GROWTH_KIB = 8 * 1024
+"""By all of them together."""
 # The daemon's limits are 30 s (nothing opened, nothing read, nothing answered); a busy host is slow.
 CUT_OFF_S = 75.0
 OTHERS_S = 2.0
@@ -38,12 +39,14 @@ _PING = frame([28, wire.KEEPALIVE, 1, wire.PING, wire.MESSAGE, 0, 0])
 
 @pytest_asyncio.fixture
 async def daemon(vmand: PrivateVmand, image: tuple[Path, Path]) -> AsyncIterator[PrivateVirtvmand]:
-    """In front of a vmand with a guest that has a shell on its console, and a partition that is off."""
+    """In front of a vmand with a guest that has a shell on its console, one that waits for its first instruction, and
+    a partition that is off."""
     need_root()
     async with await vmand.client() as client:
-        partition = await client.create_partition(cores=1, memsize_gb=0.125, mode=Mode.SHARED, name="guest")
+        for name, paused in (("guest", False), ("second", True)):
+            partition = await client.create_partition(cores=1, memsize_gb=0.125, mode=Mode.SHARED, name=name)
+            await client.deploy(partition, kernel=image[0], initrd=image[1], cmdline=CMDLINE, paused=paused)
         await client.create_partition(cores=1, memsize_gb=16 / 1024, mode=Mode.SHARED, name="off")
-        await client.deploy(partition, kernel=image[0], initrd=image[1], cmdline=CMDLINE)
     await printed(vmand, "guest")
     async with private_virtvmand(vmand) as one:
         yield one
@@ -243,12 +246,14 @@ async def test_clients_that_hang(vmand: PrivateVmand, daemon: PrivateVirtvmand) 
 
 
 async def test_sixteen_streams(daemon: PrivateVirtvmand) -> None:
+    """Of two guests, because vmand lets eight look at one console."""
     before = len(os.listdir(f"/proc/{daemon.pid}/fd"))  # noqa: PTH208 - names are enough
     async with await RawClient.connect(daemon.socket) as client:
-        serials = [await open_console(client) for _ in range(16)]
-        with pytest.raises(RefusedError) as caught:
-            await open_console(client)
-        assert caught.value.code == 9
+        serials = [await open_console(client, name) for name in ("guest", "second") for _ in range(8)]
+        for name in ("guest", "second"):
+            with pytest.raises(RefusedError) as caught:
+                await open_console(client, name)
+            assert caught.value.code == 9
         again = client.packet("domain_open_console", await domain(client, "guest"), None, 0, serial=serials[0])
         assert refusal(await client.ask(again)) == 9
         await client.send(streamed(serials[0], wire.OK))

@@ -137,8 +137,11 @@ class Dialogue:
 @pytest.mark.parametrize("section", SECTIONS)
 async def test_every_command(host: Host, virsh: Virsh, section: str) -> None:
     dialogue = Dialogue(host, virsh)
+    import time
     for row in SECTIONS[section]:
+        t=time.time()
         await dialogue.hold(row)
+        if time.time()-t>0.3: print(f"{time.time()-t:.2f}", row.line)
     assert not dialogue.wrong, f"{len(dialogue.wrong)} of {len(SECTIONS[section])} rows:\n" + "\n".join(dialogue.wrong)
 
 

@@ -94,9 +94,9 @@ class Chaos:
     def _pick(self, client: VmandClient, target: Partition | None, count: int) -> tuple[str, Awaitable[object]]:
         kernel, initrd = self._image
         choices: list[tuple[str, Callable[[], Awaitable[object]]]] = []
+        size = self._dice.choice([0.125, 0.25, 0.5])
+        mode = self._dice.choice(list(Mode))
         if target is None or count < 3:
-            size = self._dice.choice([0.125, 0.25, 0.5])
-            mode = self._dice.choice(list(Mode))
             choices.append(("create", lambda: client.create_partition(cores=1, memsize_gb=size, mode=mode)))
         if target is not None:
             one = target.id
@@ -105,6 +105,8 @@ class Chaos:
                     ("deploy", lambda: client.deploy(one, kernel=kernel, initrd=initrd, cmdline=CMDLINE)),
                     ("deploy", lambda: client.deploy(one, kernel=kernel, initrd=initrd, cmdline=CMDLINE)),
                     ("destroy", lambda: client.destroy_partition(one)),
+                    ("change", lambda: client.change_partition(one, memsize_gb=size, mode=mode)),
+                    ("paused", lambda: client.deploy(one, kernel=kernel, cmdline=CMDLINE, paused=True)),
                 ],
                 State.DEPLOYED: [
                     ("suspend", lambda: client.suspend(one)),
@@ -112,10 +114,12 @@ class Chaos:
                     ("graceful", lambda: client.reboot(one, graceful=True, timeout_s=0.2)),
                     ("shutdown", lambda: client.shutdown(one, timeout_s=0.2)),
                     ("force", lambda: client.shutdown(one, force=True)),
+                    ("leave", lambda: client.shutdown(one, timeout_s=0.2, leave=True)),
                 ],
                 State.SUSPENDED: [
                     ("restore", lambda: client.restore(one)),
                     ("shutdown", lambda: client.shutdown(one, timeout_s=0.1)),
+                    ("leave", lambda: client.shutdown(one, timeout_s=0.1, leave=True)),
                     ("destroy", lambda: client.destroy_partition(one)),
                 ],
                 State.FAILED: [

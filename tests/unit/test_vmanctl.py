@@ -79,6 +79,14 @@ CREATE = ("create-partition", {"cores": 2, "memsize": 1.0, "secure": False, "mod
         (["reboot", "2", "--graceful", "--timeout=5"], ("reboot", {"id": 2, "graceful": True, "timeout_s": 5.0})),
         (["shutdown", "2", "-timeout", "0"], ("shutdown", {"id": 2, "timeout_s": 0.0})),
         (["shutdown", "2", "-force"], ("shutdown", {"id": 2, "force": True})),
+        (["shutdown", "2", "-leave"], ("shutdown", {"id": 2, "leave": True})),
+        (["deploy", "2", "--kernel=/k", "--paused"], ("deploy", {"partition_id": 2, "kernel": "/k", "paused": True})),
+        (["change", "web", "--name", "db"], ("change-partition", {"id": "web", "name": "db"})),
+        (
+            ["change-partition", "2", "-cores", "3", "--memsize=.5", "--mode=shared", "-strict=false", "-secure=false"],
+            ("change-partition",
+             {"id": 2, "cores": 3, "memsize": 0.5, "mode": "shared", "strict": False, "secure": False}),
+        ),
         (["vcpus", "9" * 30], ("vcpus", {"id": "9" * 30})),
         (["console", "2", "--tail"], ("console", {"id": 2})),
     ],
@@ -86,7 +94,9 @@ CREATE = ("create-partition", {"cores": 2, "memsize": 1.0, "secure": False, "mod
 async def test_what_is_typed_is_what_is_asked_for(
     vmand: FakeVmand, words: list[str], asked: tuple[str, dict[str, Any]]
 ) -> None:
+    partition = msgspec.to_builtins(PARTITION)
     vmand.answers |= {"create-partition": {"id": 2}, "vcpus": [], "console": {"text": ""}}
+    vmand.answers["change-partition"] = partition
     done = await invoke(vmand, *words)
     assert (done.exit_code, done.exception) == (0, None), done.output
     assert vmand.asked[0] == asked
@@ -112,6 +122,9 @@ async def test_what_is_typed_is_what_is_asked_for(
         (["shutdown", "2", "--timeout=nan"], "nan is no number"),
         (["shutdown", "2", "--timeout=inf"], "inf is not in the range 0<=x<=3600"),
         (["create", "--cores=1"], "Missing option '-memsize'"),
+        (["shutdown", "2", "--force", "--leave"], "--force ends the guest and --leave never does"),
+        (["change", "2"], "nothing is to be changed"),
+        (["change", "2", "--strict", "--name=x"], "'--name=x' is not a valid boolean"),
     ],
 )
 async def test_what_can_t_be_is_told_before_vmand_is_asked(vmand: FakeVmand, words: list[str], text: str) -> None:

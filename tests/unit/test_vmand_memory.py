@@ -270,7 +270,7 @@ async def test_a_guest_s_own_user_gets_the_file_and_gives_it_back(host: Host) ->
 
 async def test_only_the_file_that_was_made_is_handed_over(host: Host) -> None:
     files = host.files()
-    with pytest.raises(FailedError, match="create it again"):
+    with pytest.raises(FailedError, match="deploy the partition again"):
         files.hand_over(UUID, STRANGER)
     victim = host.root / "victim"
     victim.write_bytes(b"x")

@@ -162,7 +162,7 @@ NOVA = """<domain type="kvm">
   </devices>
 </domain>
 """
-"""What OpenStack's Nova writes for an instance with a kernel, images as files and a Linux bridge, cpu_mode=none, no VNC."""
+"""What OpenStack's Nova writes: a kernel, images as files, a Linux bridge, cpu_mode=none, no VNC."""
 
 VIRT_INSTALL = """<domain type="kvm">
   <name>installed</name>

@@ -38,6 +38,7 @@ from edgehold.testing.vmanager import MEMORY, PATIENCE_S, Device, image, make, n
 from vmand.backend import vmanager_found
 from vmand.backend.kernelimage import AARCH64, X86_64
 from vmand.backend.vmanager import VmanagerBackend
+from vmand.change import Change, change_partition
 from vmand.config import Config
 from vmand.model import MIB, Images, OpenFile, Record
 from vmand.recovery import recover
@@ -379,10 +380,45 @@ async def test_another_s_partition_is_never_taken_for_ours(daemon: Daemon, manag
     await daemon.start()
     assert "does not have the partition any more" in (await daemon.reaches(one, State.FAILED)).reason
     await daemon.service.shutdown(one)
-    with pytest.raises(FailedError, match=r"gone in the firmware .*; destroy the partition and create it again"):
+    taken = rf"its memory is gone .*: the firmware has a partition {one} that is not vmand's; create another"
+    with pytest.raises(NoCapacityError, match=taken):
         await daemon.deploy(one)
     await daemon.service.destroy(one)
     assert found(manager, one).name == "web"
+
+
+async def test_a_partition_at_rest_comes_back_after_a_new_start_of_the_host(
+    daemon: Daemon, manager: Manager, info: Info
+) -> None:
+    need(info, Cap.KEEP)
+    kept, lost = await daemon.create(), await daemon.create(name="lost")
+    before = {one: found(manager, one) for one in (kept, lost)}
+    await daemon.stop()
+    manager.destroy(lost)
+    await daemon.start()
+    await daemon.until(lambda: manager.next(kept) == lost)
+    await daemon.deploy(lost)
+    after = found(manager, lost)
+    assert (after.uuid, after.cpus, after.memory_bytes) == (before[lost].uuid, before[lost].cpus, SIZE)
+    assert found(manager, kept).generation == before[kept].generation  # it was not made anew
+
+
+async def test_a_change(daemon: Daemon, manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = await daemon.create(name="a")
+    before = found(manager, one)
+    await change_partition(daemon.service, one, Change(name="b"))
+    assert found(manager, one) == before
+    changed = await change_partition(daemon.service, one, Change(memory_bytes=2 * SIZE, cores=2))
+    after = found(manager, one)
+    assert (after.memory_bytes, after.uuid, len(after.cpus)) == (2 * SIZE, before.uuid, 2)
+    assert after.cpus == changed.cpus
+    too_much = daemon.backend.memory_free() + 2 * SIZE
+    monkeypatch.setattr(daemon.service.capacity, "memory_free", lambda **_options: 2 * too_much)
+    with pytest.raises(NoCapacityError, match=r"memory: .* are left in all; the partition is as it was"):
+        await change_partition(daemon.service, one, Change(memory_bytes=too_much + SIZE))
+    again = found(manager, one)
+    assert (again.memory_bytes, again.cpus) == (2 * SIZE, changed.cpus)
+    await daemon.deploy(one)
 
 
 async def test_a_killed_vmand_finds_its_guests(device: Device, manager: Manager, info: Info) -> None:

@@ -60,8 +60,8 @@ class Session:
     def connect_get_type(self, _client: Client) -> tuple[str]:
         return ("vman",)
 
-    def connect_get_version(self, _client: Client) -> tuple[int]:
-        return (hypervisor_version(self._context.mirror.capabilities.hypervisor),)
+    async def connect_get_version(self, _client: Client) -> tuple[int]:
+        return (hypervisor_version((await self._context.mirror.host()).hypervisor),)
 
     def connect_get_lib_version(self, _client: Client) -> tuple[int]:
         return (API_VERSION,)

@@ -120,7 +120,7 @@ class MemoryFiles:
             # What is checked is what is changed: the name is looked up once.
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise FailedError(f"{path}: {error.strerror}; destroy the partition and create it again") from error
+            raise FailedError(f"{path}: {error.strerror}; deploy the partition again") from error
         try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:

@@ -58,8 +58,7 @@ class RefusedError(Exception):
 def gone(partition: int) -> GoneError:
     """There is no such partition any more."""
     return GoneError(
-        f"partition {partition} is gone in the firmware (was the host started anew?); "
-        "destroy the partition and create it again"
+        f"partition {partition} is gone in the firmware (was the host started anew?); shut it down and deploy it again"
     )
 
 
@@ -85,7 +84,7 @@ def of_create(refused: RefusedError, record: Record, info: Info) -> EdgeholdErro
     match refused.number:
         case errno.EEXIST:
             return NoCapacityError(
-                f"the firmware has a partition {record.id} that is not vmand's; try again, the next one gets another id"
+                f"the firmware has a partition {record.id} that is not vmand's; create another, which gets another id"
             )
         case errno.EBUSY:
             return NoCapacityError(
