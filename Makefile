@@ -7,11 +7,12 @@ GUESTS := build/guest/amd64/initramfs.gz build/guest/arm64/initramfs.gz
 TESTKERNEL := build/testkernel/initramfs.gz
 TRIXIE := build/trixie/manifest
 # What each step needs from Debian: compiling the extension, the guests' programs and test modules; running guests;
-# linting scripts; the daemon that the benchmarks compare with.
+# linting scripts; libvirt's clients, which tests of virtvmand are; the daemon that the benchmarks compare with.
 APT_BUILD := gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross python3-dev python3-venv cpio kmod libelf1
 APT_RUN := qemu-system-x86 qemu-system-arm qemu-utils device-tree-compiler iproute2
 APT_LINT := shellcheck groff-base mandoc
-APT_PEER := libvirt-daemon-system libvirt-clients python3-libvirt
+APT_CLIENTS := libvirt-clients python3-libvirt
+APT_PEER := libvirt-daemon-system $(APT_CLIENTS)
 SOURCES := ext/build_kernel.py $(wildcard ext/*.c ext/*.h ext/uapi/*.h)
 
 .DEFAULT_GOAL := help
@@ -28,7 +29,7 @@ test: setup guest testkernel lint test-unit test-integration ## everything that 
 test-unit: setup ## seconds, no root, no guest
 	$(BIN)/python -m pytest tests/unit tests/repo
 
-test-integration: setup guest testkernel ## real kernel, real QEMU; needs root
+test-integration: setup guest testkernel build/.apt-clients ## real kernel, real QEMU; needs root
 	EDGEHOLD_REQUIRE=$${EDGEHOLD_REQUIRE-1} $(BIN)/python -m pytest tests/integration
 
 test-libvirt-trixie: setup guest $(TRIXIE) ## virtvmand under Debian 13's virsh (downloads about 30 MB); needs root
@@ -73,6 +74,10 @@ build/.apt-build: Makefile
 
 build/.apt-lint: Makefile
 	@tools/apt-need $(APT_LINT)
+	@mkdir -p build && touch $@
+
+build/.apt-clients: Makefile
+	@tools/apt-need $(APT_CLIENTS)
 	@mkdir -p build && touch $@
 
 build/.apt-peer: Makefile

@@ -91,7 +91,7 @@ async def _settle_one(service: Service, record: Record) -> None:
             await service.backend.release(record)
             service.book.forget(record)
         case model.SHUTDOWN if record.leave and record.state in LIVE:
-            await _adopt(service, record)
+            await _adopt(service, msgspec.structs.replace(record, leave=False))
         case model.CHANGE:
             service.book.hold(record)
             service.book.put_late(record.at_rest(State.READY, reason=record.reason))

@@ -39,15 +39,14 @@ _PING = frame([28, wire.KEEPALIVE, 1, wire.PING, wire.MESSAGE, 0, 0])
 
 @pytest_asyncio.fixture
 async def daemon(vmand: PrivateVmand, image: tuple[Path, Path]) -> AsyncIterator[PrivateVirtvmand]:
-    """In front of a vmand with a guest that has a shell on its console, one that waits for its first instruction, and
-    a partition that is off."""
+    """In front of a vmand with a guest that has a shell on its console, two that wait for their first instruction,
+    and a partition that is off."""
     need_root()
     async with await vmand.client() as client:
-        for name, paused in (("guest", False), ("second", True)):
+        for name, paused in (("guest", False), ("second", True), ("third", True)):
             partition = await client.create_partition(cores=1, memsize_gb=0.125, mode=Mode.SHARED, name=name)
             await client.deploy(partition, kernel=image[0], initrd=image[1], cmdline=CMDLINE, paused=paused)
         await client.create_partition(cores=1, memsize_gb=16 / 1024, mode=Mode.SHARED, name="off")
-    await printed(vmand, "guest")
     async with private_virtvmand(vmand) as one:
         yield one
         assert one.running, one.log_text()[-3000:]
@@ -217,6 +216,7 @@ HANGING: tuple[Callable[[PrivateVirtvmand], Awaitable[None]], ...] = (
 @pytest.mark.slow
 async def test_clients_that_hang(vmand: PrivateVmand, daemon: PrivateVirtvmand) -> None:
     """All at once, because each is given half a minute; somebody else is answered all the time."""
+    await printed(vmand, "guest")
     await type_until(vmand, "guest", b"yes edgehold &\n", "edgehold\r\nedgehold\r\nedgehold")
     slowest = 0.0
     before, most = daemon.rss_kib(), 0
@@ -250,10 +250,11 @@ async def test_sixteen_streams(daemon: PrivateVirtvmand) -> None:
     before = len(os.listdir(f"/proc/{daemon.pid}/fd"))  # noqa: PTH208 - names are enough
     async with await RawClient.connect(daemon.socket) as client:
         serials = [await open_console(client, name) for name in ("guest", "second") for _ in range(8)]
-        for name in ("guest", "second"):
-            with pytest.raises(RefusedError) as caught:
-                await open_console(client, name)
-            assert caught.value.code == 9
+        with pytest.raises(RefusedError, match="8 are attached"):
+            await open_console(client, "guest")
+        with pytest.raises(RefusedError, match="16 streams are open") as caught:
+            await open_console(client, "third")
+        assert caught.value.code == 9
         again = client.packet("domain_open_console", await domain(client, "guest"), None, 0, serial=serials[0])
         assert refusal(await client.ask(again)) == 9
         await client.send(streamed(serials[0], wire.OK))

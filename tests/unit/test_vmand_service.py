@@ -327,8 +327,7 @@ async def test_a_command_that_is_cut_off(
     assert [row.state for row in daemon.rows()] == ([expected] if expected else [])
     assert all(row.pending == "" for row in daemon.rows())
     # What a change had given back is taken again in the background.
-    await daemon.until(lambda: set(daemon.world.memory) == {row.uuid for row in daemon.rows()})
-    assert all(daemon.world.memory[row.uuid] == row.memory_bytes == 64 * MIB for row in daemon.rows())
+    await daemon.until(lambda: daemon.world.memory == {row.uuid: 64 * MIB for row in daemon.rows()})
     assert set(daemon.world.guests) == {row.run for row in daemon.rows() if row.state in model.LIVE}
     assert all(row.run == "" for row in daemon.rows() if row.state not in model.LIVE)
     for row in daemon.rows():  # and it can be used and given back

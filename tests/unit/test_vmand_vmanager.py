@@ -256,6 +256,23 @@ def _last(world: World, name: str) -> dict[str, object]:
     return next(options for one, _, options in reversed(world.manager.asked) if one == name)
 
 
+async def test_what_is_there_is_what_the_journal_says(world: World) -> None:
+    backend = world.backend
+    assert await backend.holds(RECORD)
+    for other in ({"memory_bytes": 65 * MIB}, {"cpus": (2, 3)}, {"secure": True}, {"uuid": str(UUID(int=1))}):
+        record = msgspec.structs.replace(RECORD, **other)
+        assert not await backend.holds(record)
+        assert backend.keeps(RECORD, record) == ("uuid" in other)
+    assert backend.keeps(RECORD, msgspec.structs.replace(RECORD, memory_bytes=64 * MIB, name="b"))  # the same pieces
+    world.manager.answers["open"] = OSError(errno.ENOENT, "none")
+    assert not await backend.holds(RECORD)
+    world.manager.answers["open"] = OSError(errno.EIO, "who knows")
+    with pytest.raises(FailedError):
+        await backend.holds(RECORD)
+    assert await backend.hypervisor() == "firmware 2.1"
+    assert await world.again(firmware=(0, 0)).hypervisor() == ""
+
+
 async def test_another_s_cores_are_not_taken_for_ours(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         world.manager, "create", lambda **_: Created(id=1, cpus=(3,), memory_base=0, handle=None), raising=True

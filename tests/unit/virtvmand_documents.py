@@ -1,5 +1,11 @@
 """Domain XML as clients write it, for tests of what virtvmand makes of it."""
 
+import pytest
+
+from edgehold.api.vmand import Partition, State
+from virtvmand.domxml import Definition, Plan, read_definition
+from virtvmand.errors import Code, LibvirtError
+
 UUID = "5fbd7c5e-3f2b-4b59-9d0d-2a7f1b1e7a11"
 
 FULL = f"""<domain type='vman' id='7' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
@@ -296,3 +302,34 @@ DUMPED = """<domain type='kvm' id='12'>
 </domain>
 """
 """What ``virsh dumpxml`` shows of a running guest of libvirt's own QEMU driver."""
+
+DOCUMENTS = {"full": FULL, "nova": NOVA, "virt-install": VIRT_INSTALL, "dumped": DUMPED}
+
+
+def plan(xml: str, **options: str) -> Plan:
+    """What is asked of vmand."""
+    return read_definition(xml, **options).plan
+
+
+def replaced(was: str, becomes: str, xml: str = FULL) -> str:
+    """A document with one difference."""
+    assert was in xml
+    return xml.replace(was, becomes, 1)
+
+
+def refused(xml: str, code: Code = Code.CONFIG_UNSUPPORTED) -> str:
+    """How a document is refused."""
+    with pytest.raises(LibvirtError) as caught:
+        read_definition(xml)
+    assert caught.value.code is code, caught.value
+    return str(caught.value)
+
+
+def partition_of(definition: Definition, **changes: object) -> Partition:
+    """The partition that vmand makes of it."""
+    one = definition.plan
+    fields: dict[str, object] = {
+        "id": 4, "name": one.name, "uuid": one.uuid, "state": State.DEPLOYED, "mode": one.mode, "cores": one.cores,
+        "memory_bytes": one.memory_bytes, "secure": one.secure, "strict": one.strict,
+    }  # fmt: skip
+    return Partition(**(fields | changes))  # type: ignore[arg-type]

@@ -24,6 +24,8 @@ _FILTERS = 0xFF  # active to other: the same bits as those of a list
 _ACTUAL, _RSS = 6, 7
 _RUNNING, _BLOCKED = 1, 2
 _STATES = {"R": _RUNNING}
+# Of a map of CPUs, as in the wire's own cpumaps: 16,384 CPUs.
+_MAX_MAP_BYTES = 2048
 
 
 class Stats:
@@ -37,6 +39,7 @@ class Stats:
     async def domain_get_vcpus(
         self, _client: Client, dom: Named, most: int, map_length: int
     ) -> tuple[list[tuple[int, int, int, int]], bytes]:
+        _check_map(map_length)
         one = self._context.find(dom)
         must_be_active(one)
         infos, maps = [], b""
@@ -49,6 +52,7 @@ class Stats:
     async def domain_get_vcpu_pin_info(
         self, _client: Client, dom: Named, most: int, map_length: int, _flags: int
     ) -> tuple[bytes, int]:
+        _check_map(map_length)
         one = self._context.find(dom)
         if one.active:
             cpus = [guestinfo.vcpu_use(vcpu.tid).affinity for vcpu in await self._vcpus(one)]
@@ -84,7 +88,8 @@ class Stats:
         if flags & _ENFORCE and wanted & ~_ALL:
             raise LibvirtError(Code.ARGUMENT_UNSUPPORTED, f"stats {wanted & ~_ALL:#x}: not known of these guests")
         mirror = self._context.mirror
-        domains = [mirror.by_uuid(one.uuid) for one in named] or mirror.all()
+        # Each once: a client must not have us count one guest 16,384 times.
+        domains = [mirror.by_uuid(uuid) for uuid in dict.fromkeys(one.uuid for one in named)] or mirror.all()
         kinds = wanted or _ALL
         records = []
         for one in selected(domains, flags & _FILTERS):
@@ -112,6 +117,16 @@ class Stats:
         if partition.pid is not None:
             self._threads[partition.id] = (partition.pid, vcpus)
         return vcpus
+
+
+def _check_map(length: int) -> None:
+    """Refuse a map of CPUs that no host needs; zeroes are allocated for all of it.
+
+    Raises:
+        LibvirtError: INVALID_ARG.
+    """
+    if not 0 <= length <= _MAX_MAP_BYTES:
+        raise LibvirtError(Code.INVALID_ARG, f"maplen: {length}; 0 to {_MAX_MAP_BYTES} bytes a map of CPUs")
 
 
 def _state(one: Domain) -> Iterable[Param]:
