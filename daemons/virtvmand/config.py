@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from edgehold.api.vmand import DEFAULT_SOCKET
+from edgehold.api.vmand import DEFAULT_SOCKET, Mode
 from edgehold.errors import SettingsError
 from edgehold.wire.peer import Access
 
@@ -24,6 +24,8 @@ class Config:
     runtime_dir: str = "/run/virtvmand"
     """Ours: /healthz and /metrics, and which autostarts were done since the host's boot."""
     vmand_socket: str = str(DEFAULT_SOCKET)
+    mode: Mode = Mode.DEDICATED
+    """How the vCPUs of a domain use cores whose definition does not say it (Nova's never do)."""
     shutdown_timeout_s: Annotated[float, Meta(ge=1, le=3600)] = 300.0
     """For how long a guest that was asked to power off is asked again; it is never ended by force."""
     reboot_timeout_s: Annotated[float, Meta(ge=0, le=3600)] = 30.0

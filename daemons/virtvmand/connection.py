@@ -30,8 +30,8 @@ MAX_CALLS, MAX_STREAMS, MAX_CALLBACKS = 16, 16, 256
 # What a client has not read: above the first nothing more is read of it, above the second or after the time it is cut
 # off. One answer may be longer than that; it is sent whole.
 UNREAD_PAUSE_BYTES, UNREAD_MOST_BYTES, UNREAD_MOST_S = 256 * 1024, 4 * 1024 * 1024, 30.0
-# Packets that are handled before other connections get their turn.
-_AT_ONCE = 32
+# Packets that are handled before other connections get their turn, and for how long: some calls take milliseconds.
+_AT_ONCE, _TURN_S = 32, 0.002
 _OPEN_WITHIN_S = 30.0
 KEEPALIVE_EVERY_S, KEEPALIVE_COUNT = 5.0, 5
 
@@ -146,6 +146,7 @@ class Connection(asyncio.Protocol):
     def _go_on(self) -> None:
         """Handle what came, a few packets at a time, until the client has too much to read."""
         self._going_on = False
+        until = self._loop.time() + _TURN_S
         try:
             for _ in range(_AT_ONCE):
                 if self._stalled is not None or self._transport.is_closing():
@@ -155,6 +156,8 @@ class Connection(asyncio.Protocol):
                     self._transport.resume_reading()
                     return
                 self._take(packet)
+                if self._loop.time() > until:
+                    break
         except WireError as error:
             self._cut_off(str(error))
             return
@@ -206,7 +209,7 @@ class Connection(asyncio.Protocol):
             raise LibvirtError(Code.RPC, f"unknown program {packet.program:#x} version {packet.version}")
         procedure = PROCEDURES.get(packet.procedure)
         if procedure is None or procedure.event:
-            raise LibvirtError(Code.NO_SUPPORT, f"unknown procedure {packet.procedure}")
+            raise LibvirtError(Code.NO_SUPPORT, f"vman:///system has no such call (procedure {packet.procedure})")
         if not self._opened and procedure.number not in BEFORE_OPEN:
             raise LibvirtError(Code.AUTH_FAILED, f"{procedure.name}: the connection is not open")
         if procedure.changes and self.read_only:

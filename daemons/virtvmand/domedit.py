@@ -116,6 +116,12 @@ def with_options(xml: str, options: Mapping[str, str]) -> str:
     return edits.text()
 
 
+def says(xml: str, option: str) -> bool:
+    """Whether the definition has this attribute of the element that has what is only Edgehold's."""
+    element = _of(parse(xml).root, NAMESPACE)
+    return element is not None and option in element.attributes
+
+
 def edgehold_element(options: Mapping[str, str]) -> str:
     """The element of `NAMESPACE`."""
     rest = "".join(f" {name}='{attribute(value)}'" for name, value in options.items())

@@ -54,7 +54,7 @@ USED: Mapping[str, str] = {
     "devices/disk/driver": "the image's format",
     "devices/disk/driver@name": "qemu",
     "devices/disk/driver@type": "raw or qcow2",
-    "devices/disk/driver@cache": "none, writeback or default: the guest's flushes reach the disk with each of them",
+    "devices/disk/driver@cache": "none, writeback, unsafe or default: flushes reach the disk with each of them",
     "devices/disk/source": "the image",
     "devices/disk/source@file": "the image's path",
     "devices/disk/source@dev": "the block device's path",

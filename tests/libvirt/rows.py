@@ -1,62 +1,13 @@
-"""What virsh is asked, and what it must say: the whole of virsh that virtvmand serves, and what it refuses.
+"""What virsh is asked, and what it must say: the whole of virsh that virtvmand serves.
 
-A section is a dialogue with an empty vmand; its rows follow on each other. ``says`` are patterns (re.MULTILINE) that
-must all be found in what virsh printed, stdout and stderr, with one space for many; ``lacks`` must not.
-``@dir@`` is where the definitions are; what ``keep`` names stands between two ``@`` in later rows.
+A section is a dialogue with an empty vmand; its rows follow on each other. ``@dir@`` is where the definitions are; what
+``keep`` names stands between two ``@`` in later rows.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-QUIET = "11111111-2222-4333-8444-555555555555"
-LIVELY = "22222222-2222-4333-8444-555555555555"
-NEVER = "99999999-2222-4333-8444-555555555555"
-HUNG_UP = r"End of file|Cannot recv|Broken pipe|keepalive|socket is closed|cause is unknown|^error: internal error"
-"""What is never an answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One command line."""
-
-    line: str
-    says: tuple[str, ...]
-    lacks: tuple[str, ...] = ()
-    status: int | None = 0
-    """None: versions of virsh differ in it."""
-    keep: str = ""
-    """What it prints stands for this name in later rows."""
-    until: bool = False
-    """It is asked again until it says so."""
-    ups: tuple[str, int] = ("", 0)
-    """Before it, the guest of this name must have said so many times that it is up."""
-    read_only: bool = False
-
-
-def ok(line: str, *says: str, lacks: tuple[str, ...] = (), keep: str = "", ups: tuple[str, int] = ("", 0)) -> Row:
-    """Does what it is asked for."""
-    return Row(line, says, lacks, keep=keep, ups=ups)
-
-
-def no(line: str, *says: str) -> Row:
-    """Is refused, with a text that says why."""
-    return Row(line, (r"^error: .{12,}", *says), (HUNG_UP,), status=1)
-
-
-def none(line: str) -> Row:
-    """There is none: newer versions of virsh print nothing instead of our error."""
-    return Row(line, (r"\A(error: metadata not found.*)?\Z",), status=None)
-
-
-def soon(line: str, *says: str, lacks: tuple[str, ...] = ()) -> Row:
-    """Does, after a while."""
-    return Row(line, says, lacks, until=True)
-
-
-def looking(row: Row) -> Row:
-    """The same on a read-only connection."""
-    return Row(row.line, row.says, row.lacks, row.status, read_only=True)
-
+from tests.libvirt.refused import READ_ONLY, UNSUPPORTED
+from tests.libvirt.row import HUNG_UP, LIVELY, NEVER, QUIET, Row, looking, no, none, ok, soon
 
 HOST = (
     ok("version", r"^Using API: \S+ \d+\.\d+\.\d+$", r"^Running hypervisor: \S+ \d+\.\d+\.\d+$"),
@@ -330,73 +281,6 @@ TRANSIENT = (
     soon("list --all", lacks=("brief",)),
     no("domstate brief", "brief"),
 )
-
-_BOOTED = (ok("define @dir@/lively.xml"), ok("start lively"))
-
-UNSUPPORTED = (
-    *_BOOTED,
-    *(
-        no(line)
-        for line in (
-            "migrate lively qemu+unix:///system?socket=/nowhere",
-            "migrate --live --p2p lively vman://elsewhere/system",
-            "save lively @dir@/saved", "managedsave lively", "restore @dir@/saved", "dump lively @dir@/core",
-            "snapshot-create lively", "snapshot-create-as lively one", "snapshot-current lively",
-            "checkpoint-create lively", "backup-begin lively",
-            "attach-disk lively /nowhere/disk.raw vdb --live", "attach-disk lively /nowhere/disk.raw vdb --config",
-            "attach-interface lively bridge nowhere --live", "attach-device lively @dir@/disk.xml",
-            "detach-device lively @dir@/disk.xml", "detach-disk lively vdb", "update-device lively @dir@/disk.xml",
-            "detach-interface lively bridge", "change-media lively vda --eject",
-            "blockcopy lively vda /nowhere/copy", "blockcommit lively vda", "blockpull lively vda",
-            "blockresize lively vda 1G", "blkdeviotune lively vda", "domblkinfo lively vda", "domifstat lively nowhere",
-            "screenshot lively @dir@/shot", "send-key lively 30", "inject-nmi lively", "domdisplay lively",
-            "vncdisplay lively", "send-process-signal lively 1 term",
-            "qemu-monitor-command lively --hmp info", "qemu-agent-command lively {}", "qemu-attach 1",
-            "set-user-password lively root x", "domfsfreeze lively", "domfsthaw lively", "domfsinfo lively",
-            "domfstrim lively", "domtime lively", "domtime lively --now", "domhostname lively",
-            "domifaddr lively", "guestinfo lively", "guestvcpus lively",
-            "setmem lively 64M --live", "setmaxmem lively 1G --live", "setvcpus lively 2 --live",
-            "vcpupin lively 0 0", "emulatorpin lively 0", "numatune lively --mode strict",
-            "memtune lively --hard-limit 1",
-            "iothreadadd lively 1", "iothreadinfo lively", "setvcpu lively 0 --enable",
-            "schedinfo lively --set cpu_shares=10", "perf lively --enable cmt",
-            "dompmsuspend lively mem", "dompmwakeup lively", "domjobabort lively",
-            "set-lifecycle-action lively poweroff restart", "domif-setlink lively nowhere down",
-            "pool-define-as p dir --target /nowhere", "pool-create-as p dir --target /nowhere",
-            "vol-create-as p v 1M", "net-create @dir@/disk.xml", "net-start default",
-            "nodedev-create @dir@/disk.xml", "iface-start nowhere", "secret-undefine " + NEVER,
-            "nwfilter-undefine none", "shutdown --mode agent lively", "reboot --mode initctl lively",
-        )
-    ),
-    ok("domstate lively", "^running$"),
-)  # fmt: skip
-
-READ_ONLY = (
-    *_BOOTED,
-    ok("define @dir@/quiet.xml"),
-    *map(
-        looking,
-        (
-            ok("list --all", "lively", "quiet"),
-            ok("domstate lively", "^running$"),
-            ok("dumpxml lively", "<name>lively</name>"),
-            *(
-                no(line, "read only|forbidden")
-                for line in (
-                    "define @dir@/quiet.xml", "define --validate @dir@/quiet.xml", "create @dir@/brief.xml",
-                    "start quiet", "start --paused quiet",
-                    "suspend lively", "resume lively", "reboot lively", "reset lively", "shutdown lively",
-                    "shutdown --mode acpi lively", "destroy lively", "destroy --graceful lively", "undefine quiet",
-                    "autostart quiet", "autostart --disable quiet", "desc quiet --config --new-desc no",
-                    "metadata quiet urn:of:a:test --key its --set <a/>", "setmem quiet 192M --config",
-                    "setmaxmem quiet 192M --config", "setvcpus quiet 2 --config", "domrename quiet still",
-                    "dumpxml --security-info quiet",
-                )
-            ),
-        ),
-    ),
-    ok("list --all", "lively running", "quiet shut off"),
-)  # fmt: skip
 
 SECTIONS: Mapping[str, tuple[Row, ...]] = {
     "host": (*HOST, *HOST_TOO),

@@ -1,13 +1,14 @@
 """Each call does what libvirt's clients expect, on a real vmand service: definitions, runs, refusals, events."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from edgehold.api.vmand import State
+from edgehold.api.vmand import Mode, State
 from edgehold.errors import FailedError
 from tests.unit.virtvmand_house import UUID, House, house, read
 from virtvmand.driver import refused
@@ -186,7 +187,7 @@ async def test_a_transient_domain_that_ended_while_we_were_away_is_gone(one: Hou
 
 async def test_a_create_that_fails_leaves_nothing(one: House) -> None:
     one.backend.fail["start"] = FailedError("QEMU said no")
-    assert await one.refused("domain_create_xml", one.xml(), 0) == (FAILED, "QEMU said no")
+    assert await one.refused("domain_create_xml", one.xml(), 0) == (FAILED, "domain 'web': QEMU said no")
     assert one.service.partitions() == []
 
 
@@ -226,6 +227,20 @@ async def test_a_definition_that_changes_at_rest_changes_the_partition(one: Hous
     assert (now.id, now.memory_bytes, now.cores) == (partition, 128 << 20, 2)
     assert await one.call("domain_get_info", dom) == (5, 131072, 131072, 2, 0)
     assert events(one) == [ADDED, UPDATED]
+
+
+async def test_the_settings_say_how_cores_are_used_where_a_definition_does_not(tmp_path: Path) -> None:
+    async with house(tmp_path) as one:
+        silent = one.xml().replace(" mode='shared'", "")
+        dom = await one.call("domain_define_xml", silent)
+        assert one.domain().partition.mode is Mode.DEDICATED
+        await one.call("domain_undefine", dom)
+        one.context.config = dataclasses.replace(one.context.config, mode=Mode.SHARED)
+        dom = await one.call("domain_define_xml", silent)
+        assert one.domain().partition.mode is Mode.SHARED
+        assert "mode='shared'" in await one.call("domain_get_xml_desc", dom, 2)
+        await one.call("domain_define_xml", silent.replace("partition:1'/", "partition:1' mode='dedicated'/"))
+        assert one.domain().partition.mode is Mode.DEDICATED
 
 
 async def test_what_does_not_fit_is_refused_and_nothing_changes(one: House) -> None:

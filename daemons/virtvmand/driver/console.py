@@ -3,7 +3,7 @@
 from virtvmand.call import Client, Streamed
 from virtvmand.driver.context import Context
 from virtvmand.driver.look import must_be_active
-from virtvmand.driver.run import note
+from virtvmand.driver.run import about, note
 from virtvmand.errors import Code, LibvirtError
 from virtvmand.xdr import Domain as Named
 
@@ -25,6 +25,7 @@ class Console:
         if device and device not in one.current.consoles:
             known = ", ".join(one.current.consoles) or "none"
             raise LibvirtError(Code.INVALID_ARG, f"console: domain '{one.name}' has no {device!r}; it has {known}")
-        stream = await self._context.mirror.vmand.attach_console(one.partition.id)
+        with about(one):
+            stream = await self._context.mirror.vmand.attach_console(one.partition.id)
         note(client, "console of", one.name)
         return Streamed(stream)

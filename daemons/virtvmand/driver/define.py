@@ -12,7 +12,7 @@ from virtvmand.domxml import Definition
 from virtvmand.driver.context import Context
 from virtvmand.driver.look import CONFIG, must_be_active
 from virtvmand.driver.look import LIVE as LIVE_FLAG
-from virtvmand.driver.run import GIB, Run, differences, note, start_paused
+from virtvmand.driver.run import GIB, Run, about, differences, note, start_paused
 from virtvmand.errors import Code, LibvirtError
 from virtvmand.xdr import Domain as Named
 
@@ -36,7 +36,7 @@ class Define:
     async def domain_define_xml_flags(self, client: Client, xml: str, flags: int) -> bytes:
         if flags & ~_VALIDATE:
             raise LibvirtError(Code.ARGUMENT_UNSUPPORTED, f"flags {flags:#x}: only validate is known here")
-        definition = domxml.read_definition(xml)
+        definition = self._read(xml)
         uuid = _bytes(definition)
         async with self._context.turn(uuid):
             known = self._known(definition)
@@ -49,7 +49,7 @@ class Define:
 
     async def domain_create_xml(self, client: Client, xml: str, flags: int) -> bytes:
         paused = start_paused(flags)
-        definition = domxml.read_definition(xml)
+        definition = self._read(xml)
         uuid = _bytes(definition)
         async with self._context.turn(uuid):
             known = self._known(definition)
@@ -81,7 +81,8 @@ class Define:
                 kept = {TRANSIENT: YES, LIVE: one.current.xml, AUTOSTART: None}
                 await self.annotate(one, kept)
             else:
-                await self._context.mirror.vmand.destroy_partition(one.partition.id)
+                with about(one):
+                    await self._context.mirror.vmand.destroy_partition(one.partition.id)
             note(client, "undefine", one.name)
 
     async def domain_rename(self, client: Client, dom: Named, name: str | None, flags: int) -> tuple[int]:
@@ -148,12 +149,20 @@ class Define:
                 must_be_active(one)
                 raise LibvirtError(
                     Code.OPERATION_UNSUPPORTED,
-                    f"domain '{one.name}': the {what} of a guest can't change; with --config they do at its next start",
+                    f"domain '{one.name}': the {what} that a guest has can't change; --config is for its next start",
                 )
             if not one.persistent:
                 raise LibvirtError(Code.OPERATION_INVALID, f"domain '{one.name}' is transient: it has no definition")
             await self.redefine(one, domxml.read_definition(edit(one)))
             note(client, f"change {what} of", one.name)
+
+    def _read(self, xml: str) -> Definition:
+        """A client's document. One that does not say how it uses cores gets the settings' answer written into it."""
+        definition = domxml.read_definition(xml)
+        mode = self._context.config.mode
+        if definition.plan.mode is not mode and not domedit.says(definition.xml, "mode"):
+            return domxml.read_definition(domedit.with_options(definition.xml, {"mode": mode.value}))
+        return definition
 
     def _known(self, definition: Definition) -> Domain | None:
         """The domain that a document means.

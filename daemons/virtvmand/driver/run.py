@@ -5,14 +5,15 @@ to fit first, so that a definition that was changed while the guest ran counts n
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from edgehold.api.vmand import State
 from edgehold.errors import BadRequestError, EdgeholdError, NotFoundError, UnsupportedError
 from virtvmand.call import Client
-from virtvmand.domain import IN_SHUTDOWN, LIVE, PAUSED, Domain
+from virtvmand.domain import IN_SHUTDOWN, LIVE, PAUSED, RUNNING, Domain
 from virtvmand.domxml import Definition, Plan
 from virtvmand.driver.context import Context
 from virtvmand.driver.look import must_be_active
@@ -22,7 +23,7 @@ from virtvmand.xdr import Domain as Named
 log = logging.getLogger(__name__)
 
 COMMAND_ID = "7a0f3f1c5d8e4c1fa2b6d94d0c3e8b52"
-"""MESSAGE_ID of the line that each changing call leaves: who asked, and what came of it."""
+"""MESSAGE_ID of the line that each change leaves: who made it. What was refused changed nothing and is not told."""
 PAUSED_FLAG = 1
 """Flag of domain_create_with_flags and domain_create_xml (VIR_DOMAIN_START_PAUSED)."""
 # What a start may be asked for besides, and means nothing here: a cache, an image of a saved guest, a checked document.
@@ -67,7 +68,7 @@ class Run:
                 "firmware that boots from a disk)",
             )
         vmand, partition = self._context.mirror.vmand, one.partition.id
-        try:
+        with about(one, wrong=Code.CONFIG_UNSUPPORTED):  # an argument of the deploy is of the definition, here
             if one.partition.state is State.FAILED:
                 await vmand.shutdown(partition, force=True)
             await self.fit(one, plan)
@@ -85,8 +86,6 @@ class Run:
                 agent=plan.agent,
                 paused=paused,
             )
-        except BadRequestError as error:  # what it says of an argument is of the definition, here
-            raise LibvirtError(Code.CONFIG_UNSUPPORTED, f"domain '{one.name}': {error.message}") from error
         await self._context.mirror.refresh(partition)
 
     async def fit(self, one: Domain, plan: Plan) -> None:
@@ -105,8 +104,9 @@ class Run:
         mirror = self._context.mirror
         mirror.intend_destroy(one.uuid)
         try:
-            await mirror.vmand.shutdown(one.partition.id, force=True)
-        except EdgeholdError:
+            with about(one):
+                await mirror.vmand.shutdown(one.partition.id, force=True)
+        except LibvirtError:
             mirror.forget_destroy(one.uuid)
             raise
         note(client, "destroy", one.name)
@@ -137,7 +137,7 @@ class Run:
             return  # it is being asked already
         limit_s = self._context.config.shutdown_timeout_s
         asking = self._context.mirror.vmand.shutdown(one.partition.id, timeout_s=limit_s, leave=True)
-        await self._begin(asking, f"shutdown of domain '{one.name}'")
+        await self._begin(asking, one, "shutdown")
         note(client, "shutdown", one.name)
 
     async def domain_reboot(self, client: Client, dom: Named, flags: int) -> None:
@@ -148,38 +148,52 @@ class Run:
         graceful = "shutdown" in (await mirror.host()).supports
         limit_s = self._context.config.reboot_timeout_s if graceful else None
         rebooting = mirror.vmand.reboot(one.partition.id, graceful=graceful, timeout_s=limit_s)
-        await self._begin(rebooting, f"reboot of domain '{one.name}'")
+        await self._begin(rebooting, one, "reboot")
         note(client, "reboot", one.name)
 
     async def domain_reset(self, client: Client, dom: Named, _flags: int) -> None:
         one = self._find(dom)
         must_be_active(one)
-        await self._context.mirror.vmand.reboot(one.partition.id)
+        with about(one):
+            await self._context.mirror.vmand.reboot(one.partition.id)
         note(client, "reset", one.name)
 
     async def domain_suspend(self, client: Client, dom: Named) -> None:
         one = self._find(dom)
         must_be_active(one)
         if one.state[0] != PAUSED:
-            await self._context.mirror.vmand.suspend(one.partition.id)
+            with about(one):
+                await self._context.mirror.vmand.suspend(one.partition.id)
             note(client, "suspend", one.name)
 
     async def domain_resume(self, client: Client, dom: Named) -> None:
         one = self._find(dom)
         must_be_active(one)
-        await self._context.mirror.vmand.restore(one.partition.id)
+        if one.state[0] == RUNNING:
+            raise LibvirtError(Code.OPERATION_INVALID, f"domain '{one.name}' is running already")
+        with about(one):
+            await self._context.mirror.vmand.restore(one.partition.id)
         note(client, "resume", one.name)
 
-    async def _begin(self, work: Coroutine[Any, Any, None], what: str) -> None:
+    async def _begin(self, work: Coroutine[Any, Any, None], one: Domain, what: str) -> None:
         """Begin what a guest may take long for: libvirt's calls are answered when it was asked, not when it is off."""
-        task = self._context.spawn(work, what)
-        done, _pending = await asyncio.wait({task}, timeout=_REFUSAL_S)
-        for one in done:
-            error = one.exception()
-            if isinstance(error, UnsupportedError):
-                raise LibvirtError(Code.OPERATION_UNSUPPORTED, error.message)
-            if isinstance(error, EdgeholdError):
-                raise from_edgehold(error)
+        task = self._context.spawn(work, f"{what} of domain '{one.name}'")
+        await asyncio.wait({task}, timeout=_REFUSAL_S)
+        if task.done():
+            with about(one):
+                task.result()
+
+
+@contextlib.contextmanager
+def about(one: Domain, *, wrong: Code = Code.INVALID_ARG) -> Iterator[None]:
+    """What vmand says of a partition is said of the domain, by its name. ``wrong``: for what it calls a bad request."""
+    try:
+        yield
+    except EdgeholdError as error:
+        code = wrong if isinstance(error, BadRequestError) else from_edgehold(error).code
+        if isinstance(error, UnsupportedError) and wrong is Code.INVALID_ARG:
+            code = Code.OPERATION_UNSUPPORTED
+        raise LibvirtError(code, f"domain '{one.name}': {error.message}") from error
 
 
 def start_paused(flags: int) -> bool:
