@@ -101,7 +101,7 @@ class Dialogue:
     def __init__(self, host: Host, virsh: Virsh) -> None:
         self._host = host
         self._virsh = virsh
-        self._texts = {"dir": str(virsh.home)}
+        self._texts = {"dir": str(virsh.home), "uri": virsh.uri()}
         self.wrong: list[str] = []
 
     async def hold(self, row: Row) -> None:

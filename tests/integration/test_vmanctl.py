@@ -79,6 +79,24 @@ async def test_start_leaves_nothing_when_the_guest_can_t_be_deployed(vmand: Priv
     assert vmand.remains() == []
 
 
+async def test_a_partition_that_is_changed_loaded_and_left(vmand: PrivateVmand, image: tuple[Path, Path]) -> None:
+    one = (await did(vmand, "create", "--cores=1", "--memsize=0.125", "--mode=shared", "--name=first")).strip()
+    assert await did(vmand, "change", "first", "--name=second", "--memsize=0.25") == f"partition {one}: READY"
+    seen = json.loads(await did(vmand, "--json", "status", "second"))
+    assert (seen["id"], seen["memory_bytes"]) == (int(one), 256 << 20)
+    deaf = f"{CMDLINE} rdinit=/bin/sh"
+    guest = ("--kernel", image[0], "--initrd", image[1], "--cmdline", deaf)
+    assert await did(vmand, "deploy", "second", *guest, "--paused") == f"partition {one}: SUSPENDED"
+    assert await did(vmand, "restore", "second") == f"partition {one}: DEPLOYED"
+    done = await run(vmand.socket, "shutdown", "second", "--leave", "--timeout=0.1")
+    assert (done.status, done.out) == (75, "")
+    assert done.err.startswith("vmanctl: timeout: shutdown: the guest did not power off within 0.1 s; it goes on")
+    done = await run(vmand.socket, "change", "second", "--cores=2")
+    assert (done.status, "is DEPLOYED; change-partition needs READY" in done.err) == (1, True)
+    await did(vmand, "shutdown", "second", "--force")
+    await did(vmand, "destroy", "second")
+
+
 async def test_a_shutdown_that_is_interrupted_goes_on(vmand: PrivateVmand, image: tuple[Path, Path]) -> None:
     one = await started(vmand, image, "deaf", cmdline=f"{CMDLINE} rdinit=/bin/sh")  # nobody there reads the button
     process = await start(vmand.socket, "shutdown", one, "--timeout=600")

@@ -373,7 +373,7 @@ async def test_refusals_name_the_cure(
         ("deploy", {"id": one, "kernel": "/k"}, "unknown field id"),
         ("status", {"id": -1}, "id: Expected int >= 1"),
         ("list", {"id": 1}, "it takes no arguments"),
-        ("explode", {}, "unknown command 'explode'; known: attach-console, capabilities, console"),
+        ("explode", {}, "unknown command 'explode'; known: annotate, annotations, attach-console, "),
     ]
     for command, args, text in cases:
         with pytest.raises(BadRequestError, match=re.escape(text)):

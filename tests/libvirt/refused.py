@@ -9,7 +9,7 @@ UNSUPPORTED = (
     *(
         no(line)
         for line in (
-            "migrate lively qemu+unix:///system?socket=/nowhere",
+            "migrate lively @uri@",
             "migrate --live --p2p lively vman://elsewhere/system",
             "save lively @dir@/saved", "managedsave lively", "restore @dir@/saved", "dump lively @dir@/core",
             "snapshot-create lively", "snapshot-create-as lively one", "snapshot-current lively",

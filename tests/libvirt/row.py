@@ -7,6 +7,8 @@ LIVELY = "22222222-2222-4333-8444-555555555555"
 NEVER = "99999999-2222-4333-8444-555555555555"
 HUNG_UP = r"End of file|Cannot recv|Broken pipe|keepalive|socket is closed|cause is unknown|^error: internal error"
 """What is never an answer."""
+_NOT_ASKED = r"requires <|doesn't support option|unknown command|unexpected data"
+"""virsh's own words for a line that says nothing to a server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ def ok(line: str, *says: str, lacks: tuple[str, ...] = (), keep: str = "", ups: 
 
 def no(line: str, *says: str) -> Row:
     """Is refused, with a text that says why."""
-    return Row(line, (r"^error: .{12,}", *says), (HUNG_UP,), status=1)
+    return Row(line, (r"^error: .{12,}", *says), (HUNG_UP, _NOT_ASKED), status=1)
 
 
 def none(line: str) -> Row:

@@ -1,7 +1,7 @@
 """What virsh is asked, and what it must say: the whole of virsh that virtvmand serves.
 
-A section is a dialogue with an empty vmand; its rows follow on each other. ``@dir@`` is where the definitions are; what
-``keep`` names stands between two ``@`` in later rows.
+A section is a dialogue with an empty vmand; its rows follow on each other. ``@dir@`` is where the definitions are,
+``@uri@`` what virsh is connected to; what ``keep`` names stands between two ``@`` in later rows.
 """
 
 from collections.abc import Mapping
