@@ -5,9 +5,8 @@ may be wrong by now. It must not change anything in vmand.
 """
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 from uuid import UUID
@@ -76,19 +75,6 @@ class Mirror:
             LibvirtError: SYSTEM_ERROR; vmand is away.
         """
         return self._there().vmand
-
-    @contextlib.asynccontextmanager
-    async def apart(self) -> AsyncIterator[VmandClient]:
-        """A conversation with vmand of its own, for what a guest may take long for: vmand takes 16 requests of one at
-        once, and reads no further until one of them is answered. The mirror may learn a moment later what came of it.
-
-        Raises:
-            LibvirtError: SYSTEM_ERROR; vmand is away.
-            EdgeholdError: as `VmandClient.connect`.
-        """
-        self._there()
-        async with await VmandClient.connect(self._path) as vmand:
-            yield vmand
 
     @property
     def capabilities(self) -> Capabilities:

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from edgehold.errors import BadRequestError, EdgeholdError
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 COMMAND_ID = "0d5b1b0d6f0f4c53a4b7f3b0f5b7a9c1"
 """MESSAGE_ID of the line that each changing command leaves: who asked, and what came of it."""
+_REFUSAL_S = 0.25
+"""How long one who does not want to wait does so all the same, to hear of a refusal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,12 +189,26 @@ class Api:
 
     async def _reboot(self, args: Reboot, _call: _Call) -> dict[str, Any]:
         partition = self._id(args.id)
-        return _state(await self._service.reboot(partition, graceful=args.graceful, timeout_s=args.timeout_s))
+        work = self._service.reboot(partition, graceful=args.graceful, timeout_s=args.timeout_s)
+        return _state(await self._begun(work, partition, model.REBOOT, wait=args.wait))
 
     async def _shutdown(self, args: Shutdown, _call: _Call) -> dict[str, Any]:
         partition = self._id(args.id)
-        done = self._service.shutdown(partition, timeout_s=args.timeout_s, force=args.force, leave=args.leave)
-        return _state(await done)
+        work = self._service.shutdown(partition, timeout_s=args.timeout_s, force=args.force, leave=args.leave)
+        return _state(await self._begun(work, partition, model.SHUTDOWN, wait=args.wait))
+
+    async def _begun(self, work: Coroutine[Any, Any, Record], partition: int, command: str, *, wait: bool) -> Record:
+        """Its outcome; without ``wait`` after a moment what it is by then, and what becomes of it is in the journal."""
+        if wait:
+            return await work
+        task: asyncio.Task[Record] = self._service.spawn(
+            work, f"{command} of partition {partition}, nobody waits for it"
+        )
+        await asyncio.wait({task}, timeout=_REFUSAL_S)
+        if task.done():
+            return await task
+        task.add_done_callback(partial(_tell, partition, command))
+        return self._service.record(partition)
 
     async def _destroy(self, args: OfPartition, _call: _Call) -> dict[str, Any]:
         return {"id": (await self._service.destroy(self._id(args.id))).id}
@@ -234,6 +251,11 @@ class Api:
         return {"text": text}
 
 
+def _tell(partition: int, command: str, task: asyncio.Task[Record]) -> None:
+    if not task.cancelled() and isinstance(error := task.exception(), EdgeholdError):
+        log.warning("partition %d: %s: %s", partition, command, plain(error.message), extra={"partition": partition})
+
+
 async def _run(command: _Command, args: Arguments, call: _Call) -> Any:
     return await command.run(args, call)
 
@@ -243,4 +265,4 @@ def _is_name(told: object) -> bool:
 
 
 def _state(record: Record) -> dict[str, Any]:
-    return {"id": record.id, "state": record.state.value}
+    return {"id": record.id, "state": record.public().state.value}

@@ -87,6 +87,7 @@ class Reboot(Arguments, frozen=True, kw_only=True):
     id: Which
     graceful: bool = False
     timeout_s: Timeout | None = None
+    wait: bool = True
 
 
 class Shutdown(Arguments, frozen=True, kw_only=True):
@@ -96,6 +97,7 @@ class Shutdown(Arguments, frozen=True, kw_only=True):
     timeout_s: Timeout | None = None
     force: bool = False
     leave: bool = False
+    wait: bool = True
 
 
 class Subscribe(Arguments, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from edgehold.api.vmand import Mode, State
-from edgehold.errors import FailedError
+from edgehold.errors import BadStateError, FailedError
 from tests.unit.virtvmand_house import UUID, House, house, read
 from virtvmand.driver import refused
 from virtvmand.table import PROCEDURES
@@ -118,6 +118,24 @@ async def test_shutdown_never_ends_a_guest_by_force(tmp_path: Path) -> None:
         await one.until(lambda: one.domain().state[0] == 4)
         await one.until(lambda: one.domain().state[0] == 1)
         assert one.backend.world.guests
+
+
+async def test_who_does_not_wait_hears_of_a_refusal_and_of_nothing_else(
+    one: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    one.backend.obeys_after = 10**9
+    await one.call("domain_create", await one.define())
+    vmand, partition = one.mirror.vmand, one.domain().partition.id
+    await vmand.shutdown(partition, timeout_s=0.5, leave=True, wait=False)
+    assert (await vmand.status(partition)).state is State.BUSY
+    await one.until(lambda: one.domain().partition.state is State.DEPLOYED)
+    assert "did not power off within 0.5 s" in caplog.text
+    await vmand.reboot(partition, graceful=True, timeout_s=60, wait=False)
+    await vmand.shutdown(partition, force=True)
+    with pytest.raises(BadStateError):
+        await vmand.shutdown(partition, wait=False)
+    with pytest.raises(BadStateError):
+        await vmand.reboot(partition, wait=False)
 
 
 async def test_destroy_does_not_wait_for_a_shutdown(one: House) -> None:

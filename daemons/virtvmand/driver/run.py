@@ -1,13 +1,14 @@
 """Guests: started, stopped, asked to power off, suspended.
 
+libvirt's shutdown and reboot are answered when the guest was asked, not when it is off: vmand goes on asking it.
+
 A domain is started with what its definition says at that moment; the share of the host that its partition holds is made
 to fit first, so that a definition that was changed while the guest ran counts now.
 """
 
-import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from edgehold.api.vmand import State
@@ -31,8 +32,6 @@ _START_IDLE = 4 | 8 | 16
 _ACPI = 1
 """Way of shutdown and reboot: the power button (VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)."""
 _DESTROY_KNOWN = 1 | 2
-# How long a call waits to hear that vmand refuses what then goes on without it.
-_REFUSAL_S = 0.25
 GIB = 1024**3
 
 
@@ -136,8 +135,8 @@ class Run:
         if one.state[0] == IN_SHUTDOWN:
             return  # it is being asked already
         limit_s = self._context.config.shutdown_timeout_s
-        asking = self._context.mirror.vmand.shutdown(one.partition.id, timeout_s=limit_s, leave=True)
-        await self._begin(asking, one, "shutdown")
+        with about(one):
+            await self._context.mirror.vmand.shutdown(one.partition.id, timeout_s=limit_s, leave=True, wait=False)
         note(client, "shutdown", one.name)
 
     async def domain_reboot(self, client: Client, dom: Named, flags: int) -> None:
@@ -147,8 +146,8 @@ class Run:
         mirror = self._context.mirror
         graceful = "shutdown" in (await mirror.host()).supports
         limit_s = self._context.config.reboot_timeout_s if graceful else None
-        rebooting = mirror.vmand.reboot(one.partition.id, graceful=graceful, timeout_s=limit_s)
-        await self._begin(rebooting, one, "reboot")
+        with about(one):
+            await mirror.vmand.reboot(one.partition.id, graceful=graceful, timeout_s=limit_s, wait=False)
         note(client, "reboot", one.name)
 
     async def domain_reset(self, client: Client, dom: Named, _flags: int) -> None:
@@ -174,14 +173,6 @@ class Run:
         with about(one):
             await self._context.mirror.vmand.restore(one.partition.id)
         note(client, "resume", one.name)
-
-    async def _begin(self, work: Coroutine[Any, Any, None], one: Domain, what: str) -> None:
-        """Begin what a guest may take long for: libvirt's calls are answered when it was asked, not when it is off."""
-        task = self._context.spawn(work, f"{what} of domain '{one.name}'")
-        await asyncio.wait({task}, timeout=_REFUSAL_S)
-        if task.done():
-            with about(one):
-                task.result()
 
 
 @contextlib.contextmanager

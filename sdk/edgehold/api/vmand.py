@@ -347,29 +347,43 @@ class VmandClient:
         """Let a suspended guest's CPUs go on. SUSPENDED -> DEPLOYED."""
         await self._control.call("restore", {"id": partition})
 
-    async def reboot(self, partition: Which, *, graceful: bool = False, timeout_s: float | None = None) -> None:
+    async def reboot(
+        self, partition: Which, *, graceful: bool = False, timeout_s: float | None = None, wait: bool = True
+    ) -> None:
         """Stop the CPUs by force, load the kernel again, start. DEPLOYED -> DEPLOYED.
 
-        ``graceful``: the power button first, until the guest is off or ``timeout_s`` is over.
+        ``graceful``: the power button first, until the guest is off or ``timeout_s`` is over. ``wait`` False: return
+        when it has begun; what becomes of it comes as events.
         """
         args: dict[str, Any] = {"id": partition}
         if graceful:
             args["graceful"] = True
+        if not wait:
+            args["wait"] = False
         await self._control.call("reboot", _with_timeout(args, timeout_s), timeout_s=_patience(timeout_s))
 
     async def shutdown(
-        self, partition: Which, *, timeout_s: float | None = None, force: bool = False, leave: bool = False
+        self,
+        partition: Which,
+        *,
+        timeout_s: float | None = None,
+        force: bool = False,
+        leave: bool = False,
+        wait: bool = True,
     ) -> None:
         """Press the power button until the guest is off or ``timeout_s`` is over, then by force. -> READY.
 
         ``force`` ends it at once, also where another shutdown is still waiting for the guest. ``leave`` never ends it
-        by force: a guest that is not off in time goes on as it was, and that is a `TimedOutError`.
+        by force: a guest that is not off in time goes on as it was, and that is a `TimedOutError`. ``wait`` False:
+        return when it has begun; what becomes of it comes as events.
         """
         args: dict[str, Any] = {"id": partition}
         if force:
             args["force"] = True
         if leave:
             args["leave"] = True
+        if not wait:
+            args["wait"] = False
         await self._control.call("shutdown", _with_timeout(args, timeout_s), timeout_s=_patience(timeout_s))
 
     async def destroy_partition(self, partition: Which) -> None:
