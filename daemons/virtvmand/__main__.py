@@ -1,5 +1,9 @@
 """The daemon: settings, the conversation with vmand, then the sockets that libvirt's clients look for."""
 
+from virtvmand import slim
+
+# isort: split
+
 import contextlib
 import functools
 import logging
@@ -99,6 +103,7 @@ def _bind(config: Config, name: str, roles: Roles, stack: contextlib.AsyncExitSt
 
 
 def _registry(server: Server, mirror: Mirror) -> "CollectorRegistry":
+    slim.undo()  # aiohttp knows TLS
     from virtvmand.metrics import registry  # noqa: PLC0415 - loaded when somebody first asks
 
     return registry(server, mirror)

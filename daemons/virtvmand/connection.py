@@ -5,11 +5,10 @@ It must not know what a procedure does.
 """
 
 import asyncio
-import functools
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from types import CoroutineType
 from typing import cast
 
 from edgehold.errors import EdgeholdError
@@ -18,7 +17,7 @@ from virtvmand import wire
 from virtvmand.call import Handler, Streamed, Subscription, Values
 from virtvmand.errors import Code, LibvirtError, from_edgehold
 from virtvmand.streams import Stream
-from virtvmand.table import BEFORE_OPEN, PROCEDURES, Procedure
+from virtvmand.table import BEFORE_OPEN, PROCEDURES, Procedure, unsupported
 from virtvmand.wire import Framer, Packet, WireError
 from virtvmand.xdr import XdrError
 
@@ -33,6 +32,7 @@ UNREAD_PAUSE_BYTES, UNREAD_MOST_BYTES, UNREAD_MOST_S = 256 * 1024, 4 * 1024 * 10
 # Packets that are handled before other connections get their turn, and for how long: some calls take milliseconds.
 _AT_ONCE, _TURN_S = 32, 0.002
 _OPEN_WITHIN_S = 30.0
+_WHOLE_WITHIN_S = 30.0
 KEEPALIVE_EVERY_S, KEEPALIVE_COUNT = 5.0, 5
 
 
@@ -72,6 +72,7 @@ class Connection(asyncio.Protocol):
         self._asked = 0
         self._keeper: asyncio.TimerHandle | None = None
         self._opener: asyncio.TimerHandle | None = None
+        self._half: asyncio.TimerHandle | None = None
 
     # asyncio's side
 
@@ -104,7 +105,7 @@ class Connection(asyncio.Protocol):
             self._go_on()
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        for timer in (self._stalled, self._keeper, self._opener):
+        for timer in (self._stalled, self._keeper, self._opener, self._half):
             if timer is not None:
                 timer.cancel()
         for stream in self._streams.values():
@@ -152,10 +153,12 @@ class Connection(asyncio.Protocol):
                 if self._stalled is not None or self._transport.is_closing():
                     return
                 packet = self._framer.next()
-                if packet is None:
+                if packet is not None:
+                    self._take(packet)
+                if packet is None or not self._framer.held_bytes:
+                    self._watch_half()
                     self._transport.resume_reading()
                     return
-                self._take(packet)
                 if self._loop.time() > until:
                     break
         except WireError as error:
@@ -164,6 +167,15 @@ class Connection(asyncio.Protocol):
         self._going_on = True
         self._transport.pause_reading()  # or a client that sends faster than we work would fill our memory
         self._loop.call_soon(self._go_on)
+
+    def _watch_half(self) -> None:
+        """Begin to wait for the rest of a packet, or end that: half a packet is not held for ever."""
+        if not self._framer.held_bytes:
+            if self._half is not None:
+                self._half.cancel()
+                self._half = None
+        elif self._half is None:
+            self._half = self._loop.call_later(_WHOLE_WITHIN_S, self._cut_off, "it sent half a packet")
 
     def _take(self, packet: Packet) -> None:
         if packet.program == wire.KEEPALIVE:
@@ -191,13 +203,14 @@ class Connection(asyncio.Protocol):
         handler = self._handlers.get(procedure.number)
         if handler is None:
             raise LibvirtError(Code.NO_SUPPORT, f"{procedure.name}: vman:///system can't do that")
-        if not inspect.iscoroutinefunction(handler):
-            self._answer(packet, procedure, cast("Values", handler(self, *arguments)))
+        values = handler(self, *arguments)
+        if not isinstance(values, CoroutineType):
+            self._answer(packet, procedure, cast("Values", values))
             return
         if len(self._calls) >= MAX_CALLS:
+            values.close()
             raise LibvirtError(Code.OPERATION_FAILED, f"{MAX_CALLS} calls of this connection are under way; wait")
-        work = self._work(packet, procedure, functools.partial(handler, self, *arguments))
-        task = self._loop.create_task(work, name=f"{procedure.name} by {self.peer}")
+        task = self._loop.create_task(self._work(packet, procedure, values), name=f"{procedure.name} by {self.peer}")
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
 
@@ -209,17 +222,16 @@ class Connection(asyncio.Protocol):
             raise LibvirtError(Code.RPC, f"unknown program {packet.program:#x} version {packet.version}")
         procedure = PROCEDURES.get(packet.procedure)
         if procedure is None or procedure.event:
-            raise LibvirtError(Code.NO_SUPPORT, f"vman:///system has no such call (procedure {packet.procedure})")
+            raise LibvirtError(Code.NO_SUPPORT, unsupported(packet.procedure))
         if not self._opened and procedure.number not in BEFORE_OPEN:
             raise LibvirtError(Code.AUTH_FAILED, f"{procedure.name}: the connection is not open")
         if procedure.changes and self.read_only:
             raise LibvirtError(Code.OPERATION_DENIED, f"{procedure.name}: this connection may only look")
         return procedure
 
-    async def _work(self, packet: Packet, procedure: Procedure, call: Callable[[], Values | Awaitable[Values]]) -> None:
+    async def _work(self, packet: Packet, procedure: Procedure, call: Awaitable[Values]) -> None:
         try:
-            values = await cast("Awaitable[Values]", call())
-            self._answer(packet, procedure, values)
+            self._answer(packet, procedure, await call)
         except (LibvirtError, EdgeholdError, XdrError) as error:
             self._refuse(packet, error)
         except Exception as error:  # noqa: BLE001 - the connection is a boundary: a bug in a call must not end the others

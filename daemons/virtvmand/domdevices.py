@@ -3,7 +3,6 @@
 Pure: no I/O; whether a file or a bridge is there, vmand says when the guest starts.
 """
 
-import hashlib
 import re
 
 from edgehold.api.vmand import Disk, Nic
@@ -72,6 +71,8 @@ def nics(judge: Judge, devices: Element, uuid: str) -> tuple[Nic, ...]:
 
 def made_mac(uuid: str, n: int) -> str:
     """The address of a partition's n-th interface where none was given: as vmand makes it, so it stays the same."""
+    import hashlib  # noqa: PLC0415 - it brings libcrypto into the process, for which few have a need
+
     return (b"\x02" + hashlib.sha256(f"{uuid}/{n}".encode()).digest()[:5]).hex(":")
 
 

@@ -4,7 +4,6 @@ Sources: proc_stat(5), proc_meminfo(5), proc_cpuinfo(5); for the conventions lib
 libvirt-host (virNodeInfo, virNodeGetCPUStats, virNodeGetMemoryStats, virNodeGetCPUMap).
 """
 
-import hmac
 import os
 import uuid
 from collections.abc import Collection
@@ -189,6 +188,8 @@ def host_uuid(*, sysfs: Path = SYS, machine_id: Path = MACHINE_ID) -> str | None
     own = _uuid(hostcells.read(machine_id))
     if own is None:
         return None
+    import hmac  # noqa: PLC0415 - it brings libcrypto into the process, for which few have a need
+
     return str(uuid.UUID(bytes=hmac.digest(own.bytes, _OURS, "sha256")[:16], version=4))
 
 

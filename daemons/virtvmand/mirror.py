@@ -77,19 +77,17 @@ class Mirror:
         return self._there().vmand
 
     @property
-    def capabilities(self) -> Capabilities:
-        """What the host could give when vmand was met.
+    def known_host(self) -> Capabilities | None:
+        """What the host could give when vmand was met; None where vmand has not found out yet (`host` waits for that).
 
         Raises:
-            LibvirtError: SYSTEM_ERROR; vmand is away, or has not found out yet (`host` waits for that).
+            LibvirtError: SYSTEM_ERROR; vmand is away.
         """
         host = self._there().host
-        if not host.done():
-            raise LibvirtError(Code.SYSTEM_ERROR, "vmand is still finding out what this host can give; try again")
-        return host.result()
+        return host.result() if host.done() else None
 
     async def host(self) -> Capabilities:
-        """`capabilities`, when vmand has found out: seconds at its first start on a host.
+        """What the host could give when vmand was met, when vmand has found out: seconds at its first start on a host.
 
         Raises:
             LibvirtError: SYSTEM_ERROR; vmand is away.

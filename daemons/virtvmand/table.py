@@ -213,3 +213,23 @@ BEFORE_OPEN = frozenset(
     for one in ("auth_list", "connect_supports_feature", "connect_open", "connect_close", "connect_set_identity")
 )
 """What a client may ask before it has opened anything."""
+_DEVICES = "devices are given at the start: change the definition (--config), and start the domain anew"
+_SAVE = "a guest that is saved to a file: vman:///system can't do that; suspend keeps it in its memory"
+_SNAPSHOTS = "snapshots: vman:///system can't do that"
+_UNSUPPORTED = {
+    8: _DEVICES,
+    13: _DEVICES,
+    53: "dumps of a guest's memory: vman:///system can't do that",
+    54: _SAVE,
+    55: _SAVE,
+    182: _SAVE,
+    184: _SAVE,
+    185: _SNAPSHOTS,
+    211: "a guest has no screen: its console is a serial line (virsh console)",
+    226: "a guest has no keyboard: its console is a serial line (virsh console)",
+}
+
+
+def unsupported(number: int) -> str:
+    """What a client is told that calls what is not in the table: the calls that people try have their reason."""
+    return _UNSUPPORTED.get(number, f"vman:///system has no such call (procedure {number})")

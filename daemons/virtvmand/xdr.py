@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 MAX_STRING = 4 * 1024 * 1024
 _WORD = struct.Struct(">I")
+_ID = struct.Struct(">i")
 _FIELD = re.compile(r"(?P<name>\w+):(?P<type>\S+)")
 _TYPE = re.compile(r"(?P<base>\w+?)(?:(?P<optional>\?)|<(?P<most>\d+)>|\[(?P<exact>\d+)\])?")
 _PAD = (b"", b"\0\0\0", b"\0\0", b"\0")
@@ -308,14 +309,16 @@ def _struct(name: str) -> Codec:
         else:
             fields.put(out, value)
 
-    if name != "domain":
-        return Codec(put, fields.take, fields.least)
+    return Codec(put, _take_domain if name == "domain" else fields.take, fields.least)
 
-    def take(data: bytes, at: int) -> tuple[Domain, int]:
-        values, at = fields.take(data, at)
-        return Domain(*values), at
 
-    return Codec(put, take, fields.least)
+def _take_domain(data: bytes, at: int) -> tuple[Domain, int]:
+    """As the layout says; it is in nearly every call."""
+    name, at = _take_string(data, at)
+    end = at + 20
+    if end > len(data):
+        raise _missing("a domain")
+    return Domain(name, data[at : end - 4], _ID.unpack_from(data, end - 4)[0]), end
 
 
 def _put_param(out: bytearray, value: Any) -> None:

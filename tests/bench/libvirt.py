@@ -114,7 +114,8 @@ class Libvirt:
             unshare = ["unshare", "--mount", "--propagation", "unchanged", "sh", "-c", _NAMESPACE, "sh"]
             self._logger = subprocess.Popen([*unshare, "virtlogd", "-p", str(ready)], stdout=log, stderr=log)
             eventually(ready.exists, timeout_s=_READY_S, what=f"virtlogd runs: {self._log()}")
-            nsenter = ["nsenter", "--mount", "--target", str(self._logger.pid)]
+            # Entering a mount namespace leads out of a chroot: its root is entered too.
+            nsenter = ["nsenter", "--mount", "--root", "--wd", "--target", str(self._logger.pid)]
             argv = ["libvirtd", "-f", str(config), "-p", str(self.directory / "libvirtd.pid")]
             self._daemon = subprocess.Popen([*nsenter, *argv], stdout=log, stderr=log)
         answers = ["virsh", "-c", self.uri, "list"]

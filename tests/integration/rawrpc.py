@@ -89,7 +89,7 @@ class RawClient:
         except ConnectionError as error:
             raise ClosedError from error
 
-    def packet(self, name: str, *values: Any, **fields: int) -> Packet:
+    def packet(self, name: str, *values: Any, **fields: Any) -> Packet:
         """The call of a procedure, with a serial of its own; ``fields`` are put into the header as they are."""
         procedure = PROCEDURES[NUMBERS[name]]
         self._serial += 1

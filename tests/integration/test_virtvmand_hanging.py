@@ -8,8 +8,9 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -198,7 +199,7 @@ async def read_until_the_end_of(client: RawClient, serial: int) -> None:
             return
 
 
-HANGING: tuple[Callable[[PrivateVirtvmand], Awaitable[None]], ...] = (
+HANGING: tuple[Callable[[PrivateVirtvmand], Coroutine[Any, Any, None]], ...] = (
     says_nothing,
     says_half_a_header,
     says_a_byte_now_and_then,
@@ -231,15 +232,10 @@ async def test_clients_that_hang(vmand: PrivateVmand, daemon: PrivateVirtvmand) 
                 most = max(most, daemon.rss_kib())
                 await asyncio.sleep(0.05)
 
-    watching = asyncio.create_task(others())
-    try:
-        async with asyncio.TaskGroup() as group:
-            for one in HANGING:
-                group.create_task(one(daemon), name=one.__name__)
-        assert not watching.done(), await watching
-    finally:
+    async with asyncio.TaskGroup() as group:
+        watching = group.create_task(others())
+        await asyncio.gather(*(group.create_task(one(daemon), name=one.__name__) for one in HANGING))
         watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
     print(f"\nothers waited {slowest * 1000:.0f} ms at most; RSS {before} -> {most} KiB")  # noqa: T201 - a figure
     assert slowest < OTHERS_S
     assert most - before < MAX_GROWTH_KIB, f"{before} KiB before, {most} KiB at most"

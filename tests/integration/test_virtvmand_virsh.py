@@ -106,10 +106,10 @@ class Dialogue:
 
     async def hold(self, row: Row) -> None:
         """One row."""
-        name, times = row.ups
+        name, pattern = row.shown
         try:
             if name:
-                await printed(self._host.vmand, name, times=times)
+                await printed(self._host.vmand, name, pattern)
             done, faults = await self._ask(row)
             if row.until:
                 async with asyncio.timeout(SOON_S):

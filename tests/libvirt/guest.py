@@ -1,6 +1,7 @@
 """What a guest itself says: on its console, as vmand hands it on. virtvmand is not asked."""
 
 import asyncio
+import re
 
 from edgehold.api.vmand import VmandClient
 from edgehold.errors import EdgeholdError
@@ -12,7 +13,7 @@ BOOT_S = 90.0
 
 
 async def printed(vmand: PrivateVmand, name: str, what: str = UP, *, times: int = 1) -> str:
-    """Until the guest of this partition has printed it so many times; all that it printed.
+    """Until the guest of this partition has printed a pattern (re.DOTALL) so many times; all that it printed.
 
     Raises:
         AssertionError: it did not in time.
@@ -22,7 +23,7 @@ async def printed(vmand: PrivateVmand, name: str, what: str = UP, *, times: int 
         async with asyncio.timeout(BOOT_S), await vmand.client() as client:
             text = await client.subscribe((await client.status(name)).id, console=True)
             events = client.events()
-            while text.count(what) < times:
+            while len(re.findall(what, text, re.DOTALL)) < times:
                 text += (await anext(events)).text
     except (TimeoutError, EdgeholdError) as error:
         raise AssertionError(

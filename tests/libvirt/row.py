@@ -28,14 +28,14 @@ class Row:
     """What it prints stands for this name in later rows."""
     until: bool = False
     """It is asked again until it says so."""
-    ups: tuple[str, int] = ("", 0)
-    """Before it, the guest of this name must have said so many times that it is up."""
+    shown: tuple[str, str] = ("", "")
+    """Before it, the guest of this name must have printed this (a pattern, re.DOTALL)."""
     read_only: bool = False
 
 
-def ok(line: str, *says: str, lacks: tuple[str, ...] = (), keep: str = "", ups: tuple[str, int] = ("", 0)) -> Row:
+def ok(line: str, *says: str, lacks: tuple[str, ...] = (), keep: str = "", shown: tuple[str, str] = ("", "")) -> Row:
     """Does what it is asked for."""
-    return Row(line, says, lacks, keep=keep, ups=ups)
+    return Row(line, says, lacks, keep=keep, shown=shown)
 
 
 def no(line: str, *says: str) -> Row:

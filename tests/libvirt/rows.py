@@ -6,6 +6,7 @@ A section is a dialogue with an empty vmand; its rows follow on each other. ``@d
 
 from collections.abc import Mapping
 
+from tests.libvirt.guest import POWER_OFF, UP
 from tests.libvirt.refused import READ_ONLY, UNSUPPORTED
 from tests.libvirt.row import HUNG_UP, LIVELY, NEVER, QUIET, Row, looking, no, none, ok, soon
 
@@ -225,17 +226,17 @@ LIVE = (
     ok("suspend @id@", "^Domain '@id@' suspended$"),  # as libvirt's own drivers
     ok("resume lively", "^Domain 'lively' resumed$"),
     ok("domstate --reason lively", r"^running \(unpaused\)$"),
-    no("resume lively", "already running"),
+    no("resume lively", "already running|running already"),
     ok("desc lively --config --new-desc 'next time'", "^Domain description updated successfully$"),
     ok("desc lively --live --new-desc 'this time'", "^Domain description updated successfully$"),
     ok("desc lively", "^this time$"),
     ok("desc lively --config", "^next time$"),
     ok("dumpxml lively --inactive", "<description>next time</description>"),
     ok("dumpxml lively", "<description>this time</description>"),
-    ok("reset lively", "^Domain 'lively' was reset$", ups=("lively", 1)),
-    ok("domstate lively", "^running$", ups=("lively", 2)),
-    ok("reboot lively", "^Domain 'lively' is being rebooted$"),
-    ok("list", "lively", ups=("lively", 3)),
+    ok("reset lively", "^Domain 'lively' was reset$"),
+    ok("domstate lively", "^running$"),
+    ok("reboot lively", "^Domain 'lively' is being rebooted$", shown=("lively", UP)),
+    ok("list", "lively", shown=("lively", f"{POWER_OFF}.*{UP}")),
     soon("domstate lively", "^running$"),
     ok("shutdown --mode acpi lively", "^Domain 'lively' is being shutdown$"),
     soon("domstate --reason lively", r"^shut off \(shutdown\)$"),
@@ -277,7 +278,7 @@ TRANSIENT = (
     ok("create --paused @dir@/brief.xml", "^Domain 'brief' created from"),
     ok("domstate --reason brief", r"^paused \("),
     ok("resume brief", "^Domain 'brief' resumed$"),
-    ok("shutdown brief", "^Domain 'brief' is being shutdown$", ups=("brief", 1)),
+    ok("shutdown brief", "^Domain 'brief' is being shutdown$", shown=("brief", UP)),
     soon("list --all", lacks=("brief",)),
     no("domstate brief", "brief"),
 )

@@ -54,7 +54,7 @@ class Define:
         async with self._context.turn(uuid):
             known = self._known(definition)
             if known is not None and known.active:
-                raise LibvirtError(Code.OPERATION_INVALID, f"domain '{known.name}' is running already")
+                raise LibvirtError(Code.OPERATION_INVALID, f"domain '{known.name}' is already running")
             if known is not None and known.persistent:  # for this run with this definition, its own one stays
                 await self._run.start(known, definition, paused=paused, live=True)
             else:

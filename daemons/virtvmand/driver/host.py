@@ -1,10 +1,16 @@
 """The host: what it has, how much of it is used, what guests may be given."""
 
+import time
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 from virtvmand import domaincaps, hostinfo, hostxml
 from virtvmand.call import Client
 from virtvmand.driver.context import Context
 from virtvmand.xdr import layout
 
+T = TypeVar("T")
+_KEPT_S = 5.0
 _STATS = layout("params:node_stat<16> nparams:i32")
 
 
@@ -13,6 +19,7 @@ class Host:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._kept: dict[str, tuple[float, object]] = {}
 
     def connect_get_hostname(self, _client: Client) -> tuple[str]:
         return (hostinfo.hostname(),)
@@ -21,10 +28,11 @@ class Host:
         return (domaincaps.max_vcpus(await self._context.mirror.host()),)
 
     def connect_get_sysinfo(self, _client: Client, _flags: int) -> tuple[str]:
-        return (hostxml.sysinfo_xml(),)
+        return (self._lately("sysinfo", hostxml.sysinfo_xml),)
 
     async def connect_get_capabilities(self, _client: Client) -> tuple[str]:
-        return (hostxml.capabilities_xml(await self._context.mirror.host()),)
+        host = await self._context.mirror.host()
+        return (self._lately("capabilities", lambda: hostxml.capabilities_xml(host)),)
 
     async def connect_get_domain_capabilities(
         self,
@@ -39,7 +47,7 @@ class Host:
         return (domaincaps.domain_capabilities_xml(host, emulator=emulator, arch=arch, machine=machine, virttype=kind),)
 
     def node_get_info(self, _client: Client) -> tuple[str, int, int, int, int, int, int, int]:
-        one = hostinfo.node_info()
+        one = self._lately("node", hostinfo.node_info)
         return (one.model, one.memory_kib, one.cpus, one.mhz, one.nodes, one.sockets, one.cores, one.threads)
 
     def node_get_cpu_map(self, _client: Client, need_map: int, need_online: int, _flags: int) -> tuple[bytes, int, int]:
@@ -61,6 +69,16 @@ class Host:
 
     def node_get_security_model(self, _client: Client) -> tuple[str, str]:
         return ("", "")  # none that clients could label something for
+
+    def _lately(self, what: str, make: Callable[[], T]) -> T:
+        """Made of many files of the kernel, which change when somebody changes the host's hardware: kept for a while,
+        so that one who asks without end keeps nobody else waiting."""
+        now = time.monotonic()
+        until, kept = self._kept.get(what, (0.0, None))
+        if now >= until:
+            kept = make()
+            self._kept[what] = (now + _KEPT_S, kept)
+        return cast("T", kept)
 
 
 def _counted(stats: list[tuple[str, int]], count: int) -> bytes:

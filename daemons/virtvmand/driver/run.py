@@ -50,7 +50,7 @@ class Run:
         async with self._context.turn(dom.uuid):
             one = self._find(dom)
             if one.active:
-                raise LibvirtError(Code.OPERATION_INVALID, f"domain '{one.name}' is running already")
+                raise LibvirtError(Code.OPERATION_INVALID, f"domain '{one.name}' is already running")
             if not one.persistent:  # it has stopped, and is about to be gone
                 raise LibvirtError(Code.NO_DOMAIN, f"domain '{one.name}' was transient and has ended")
             await self.start(one, one.config, paused=paused)
@@ -169,7 +169,7 @@ class Run:
         one = self._find(dom)
         must_be_active(one)
         if one.state[0] == RUNNING:
-            raise LibvirtError(Code.OPERATION_INVALID, f"domain '{one.name}' is running already")
+            raise LibvirtError(Code.OPERATION_INVALID, f"domain '{one.name}' is already running")
         with about(one):
             await self._context.mirror.vmand.restore(one.partition.id)
         note(client, "resume", one.name)

@@ -1,10 +1,11 @@
 """Opening and closing a connection, and who we are."""
 
 import re
+from collections.abc import Awaitable
 from typing import Any
 from urllib.parse import urlsplit
 
-from virtvmand.call import Client
+from virtvmand.call import Client, Values
 from virtvmand.driver.context import Context
 from virtvmand.errors import Code, LibvirtError
 
@@ -60,7 +61,11 @@ class Session:
     def connect_get_type(self, _client: Client) -> tuple[str]:
         return ("vman",)
 
-    async def connect_get_version(self, _client: Client) -> tuple[int]:
+    def connect_get_version(self, _client: Client) -> Values | Awaitable[Values]:
+        known = self._context.mirror.known_host
+        return self._version() if known is None else (hypervisor_version(known.hypervisor),)
+
+    async def _version(self) -> tuple[int]:
         return (hypervisor_version((await self._context.mirror.host()).hypervisor),)
 
     def connect_get_lib_version(self, _client: Client) -> tuple[int]:

@@ -30,9 +30,10 @@ async def serve_health(path: Path, roles: Roles, registry: "Callable[[], Collect
             await ready
         finally:
             loop.remove_reader(listener)
+        numbers = registry()
         from edgehold.wire import http  # noqa: PLC0415 - what this module is for
 
-        app = http.application([], roles=roles, registry=registry(), health=lambda: None)
+        app = http.application([], roles=roles, registry=numbers, health=lambda: None)
         async with http.serve(app, listener):
             await asyncio.Event().wait()
     finally:
