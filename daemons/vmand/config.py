@@ -54,7 +54,7 @@ class Config:
     steer: bool = True
     """Move interrupts and unbound workqueues off the cores of deployed dedicated partitions."""
     bridges: tuple[str, ...] = ()
-    """Bridges of the host into which guests may be put. Empty: no guest gets a network interface."""
+    """Bridges of the host into which guests may be put, or patterns as ``qbr*``. Empty: no guest gets an interface."""
     uid_first: Annotated[int, Meta(ge=0, le=2**32 - 2 - 1024)] = 1_900_000_000
     """First of the uids as which QEMUs run, one a partition; no other use of them on this host. 0: vmand's own user."""
     http: bool = True

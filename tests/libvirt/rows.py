@@ -233,13 +233,7 @@ LIVE = (
     ok("desc lively --config", "^next time$"),
     ok("dumpxml lively --inactive", "<description>next time</description>"),
     ok("dumpxml lively", "<description>this time</description>"),
-    ok("reset lively", "^Domain 'lively' was reset$"),
-    ok("domstate lively", "^running$"),
-    ok("reboot lively", "^Domain 'lively' is being rebooted$", shown=("lively", UP)),
-    ok("list", "lively", shown=("lively", f"{POWER_OFF}.*{UP}")),
-    soon("domstate lively", "^running$"),
-    ok("shutdown --mode acpi lively", "^Domain 'lively' is being shutdown$"),
-    soon("domstate --reason lively", r"^shut off \(shutdown\)$"),
+    ok("destroy lively", "^Domain 'lively' destroyed$"),
     ok("desc lively", "^next time$"),
     ok("domid lively", "^-$"),
     ok("start --paused lively", "^Domain 'lively' started$"),
@@ -262,6 +256,19 @@ LIVE = (
     ok("destroy lively", "^Domain 'lively' destroyed$"),
     ok("list --all", lacks=("lively",)),
 )  # fmt: skip
+
+POWER = (
+    ok("define @dir@/lively.xml", "^Domain 'lively' defined from"),
+    ok("start lively", "^Domain 'lively' started$"),
+    ok("reset lively", "^Domain 'lively' was reset$"),
+    ok("domstate lively", "^running$"),
+    ok("reboot lively", "^Domain 'lively' is being rebooted$", shown=("lively", UP)),
+    ok("list", "lively", shown=("lively", f"{POWER_OFF}.*{UP}")),
+    soon("domstate lively", "^running$"),
+    ok("shutdown --mode acpi lively", "^Domain 'lively' is being shutdown$"),
+    soon("domstate --reason lively", r"^shut off \(shutdown\)$"),
+)
+"""It waits for a guest to boot, twice."""
 
 TRANSIENT = (
     ok("create @dir@/brief.xml", "^Domain 'brief' created from @dir@/brief.xml$"),
@@ -289,7 +296,10 @@ SECTIONS: Mapping[str, tuple[Row, ...]] = {
     "look": LOOK,
     "change": CHANGE,
     "live": LIVE,
+    "power": POWER,
     "transient": TRANSIENT,
     "unsupported": UNSUPPORTED,
     "read-only": READ_ONLY,
 }
+ONCE = {"power"}
+"""What takes long and does not depend on the form of the URI."""

@@ -171,6 +171,7 @@ def test_a_host_of_which_nothing_is_known() -> None:
         ("network", {"bridges": ()}, "missing", "name no bridge", 'bridges = ["br0"]'),
         ("network", {"devices": frozenset()}, "missing", "no /dev/net/tun", "modprobe tun"),
         ("network", {"interfaces": frozenset()}, "missing", "no such bridge: br0", "ip link add br0 type bridge"),
+        ("network", {"bridges": ("br0", "qbr*")}, "good", "br0, qbr*", ""),
         ("network", {"bridges": ("br0", "lan")}, "limited", "no such bridge: lan", "ip link add lan type bridge"),
         ("vsock", {"devices": frozenset()}, "missing", "/dev/vhost-vsock", "modprobe vhost_vsock"),
         ("secure", {}, "missing", "no secure world", "vmanager_device"),

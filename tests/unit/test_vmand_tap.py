@@ -28,6 +28,7 @@ def nic(bridge: str = LO, mac: str = "") -> Nic:
 def test_good_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tap, "TUN", "/dev/null")
     tap.check((), bridges=(), limit=0)
+    tap.check((nic(),), bridges=("br0", f"{LO[0]}*"), limit=1)
     tap.check((nic(), nic(), nic(mac="02:00:00:00:00:01"), nic(mac="0A:00:00:00:00:01")), bridges=(LO,), limit=4)
 
 

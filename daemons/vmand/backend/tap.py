@@ -13,6 +13,7 @@ import socket
 import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import NoReturn
 
 from edgehold.api.vmand import Nic
@@ -56,7 +57,7 @@ def check(nics: Sequence[Nic], *, bridges: Collection[str], limit: int) -> None:
     seen: set[str] = set()
     for n, nic in enumerate(nics):
         key = f"nics[{n}]"
-        if nic.bridge not in bridges:
+        if not any(fnmatchcase(nic.bridge, one) for one in bridges):
             allowed = f"these are: {', '.join(sorted(bridges))}" if bridges else "none is"
             raise DeniedError(
                 f"{key}: the bridge {nic.bridge[:64]!r} is not allowed; {allowed} (bridges in vmand's settings)"
