@@ -361,6 +361,36 @@ async def test_a_flood_of_small_packets_is_read_as_it_is_worked_off(daemon: Priv
     assert most - before < 2048, f"{before} KiB before, {most} KiB at most"
 
 
+@pytest.mark.parametrize("length", [-(2**31), -1, 2049, 2**31 - 1])
+async def test_a_map_of_cpus_is_no_longer_than_any_host_needs(daemon: PrivateVirtvmand, length: int) -> None:
+    before = daemon.rss_kib()
+    async with await RawClient.connect(daemon.read_only_socket) as client:
+        dom = await domain(client)
+        for asked in (
+            client.packet("domain_get_vcpu_pin_info", dom, 2**31 - 1, length, 0),
+            client.packet("domain_get_vcpus", dom, 2**31 - 1, length),
+        ):
+            assert refusal(await client.ask(asked)) == 8
+    assert daemon.rss_kib() - before < 1024
+
+
+async def test_a_domain_that_is_named_often_is_counted_once(daemon: PrivateVirtvmand) -> None:
+    async with await RawClient.connect(daemon.socket) as client:
+        dom = await domain(client)
+        (records,) = await client.call("connect_get_all_domain_stats", [dom] * 16384, 0, 0)
+        assert [one.name for one, _params in records] == [dom.name]
+        with pytest.raises(RefusedError, match="16385 is more than 16384"):
+            await refused_list(client, dom, 16385)
+
+
+async def refused_list(client: RawClient, dom: Domain, count: int) -> None:
+    """More domains than the layout allows, which our own encoder would refuse too."""
+    one = PROCEDURES[NUMBERS["connect_get_all_domain_stats"]].arguments.encode([[dom], 0, 0])
+    payload = count.to_bytes(4, "big") + one[4:-8] * count + bytes(8)
+    answer = await client.ask(client.packet("connect_get_all_domain_stats", [], 0, 0)._replace(payload=payload))
+    raise RefusedError(*wire.read_error(answer.payload))
+
+
 async def test_no_user_takes_all_connections(daemon: PrivateVirtvmand) -> None:
     async with contextlib.AsyncExitStack() as stack:
 

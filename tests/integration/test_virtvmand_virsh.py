@@ -4,9 +4,11 @@ The dialogues are in `tests.libvirt.rows`; both forms of the URI hold each. EDGE
 """
 
 import asyncio
+import grp
 import re
 import shlex
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +16,18 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from edgehold.testing.capability import need_command, need_root
+from edgehold.testing.capability import need_command, need_open_root, need_root
+from edgehold.testing.daemons import private_directory
 from edgehold.testing.partitions import PrivateVmand, destroy_all, private_vmand
 from edgehold.testing.virtvmand import PLAIN_URI, PrivateVirtvmand, private_virtvmand
 from tests.libvirt.guest import printed
 from tests.libvirt.row import LIVELY, NEVER, QUIET, Row
 from tests.libvirt.rows import ONCE, SECTIONS
-from tests.libvirt.virsh import CMDLINE, Virsh, definition, need_virsh, squeezed
+from tests.libvirt.virsh import ANOTHER, CMDLINE, Virsh, definition, environment, need_virsh, squeezed
 from tests.unit.vmanctl_fake import Done, Terminal, ended
 
 SOON_S = 60.0
+NOBODY = 65534
 # virsh hands a file to it, and looks whether it has changed.
 EDITOR = """#!/bin/sh
 exec sed -i '/<title>edited/!s|<name>other</name>|<name>other</name><title>edited</title>|' "$1"
@@ -272,3 +276,42 @@ async def test_a_daemon_that_is_away(host: Host, home: Path, tmp_path: Path, *, 
     if plain:
         done = await Virsh(daemon=away, home=home, plain=True)("list", uri=f"{PLAIN_URI}?mode=direct")
         assert (done.status, "virtvmand-sock" in done.err) == (1, True), done
+
+
+@pytest.mark.parametrize(
+    ("role", "looks", "changes", "why"),
+    [
+        ("", False, False, "Permission denied"),
+        ("read", True, False, "may only look|read only|forbidden"),
+        ("operate", True, True, ""),
+    ],
+)
+@pytest.mark.usefixtures("home")  # it destroys what they define
+async def test_users_that_are_not_root(host: Host, *, role: str, looks: bool, changes: bool, why: str) -> None:
+    """By their group; what they may not is refused with a reason."""
+    if ANOTHER:
+        pytest.skip("EDGEHOLD_VIRSH is run as root")
+    need_open_root()
+    need_command("setpriv", "util-linux")
+    group = grp.getgrgid(NOBODY).gr_name
+    with private_directory("eh-lu-") as directory:
+        directory.chmod(0o711)
+        settings = {"access": {role: [group]}} if role else {}
+        daemon = PrivateVirtvmand(directory, vmand_socket=host.vmand.socket, settings=settings)
+        await daemon.start()
+        try:
+            for read_only in (False, True):
+                uri = daemon.read_only_uri if read_only else daemon.uri
+                xml = directory / f"{read_only}.xml"
+                xml.write_text(definition(f"of-{read_only}"))
+                for words, right in (("list --all", looks), (f"define {xml}", changes and not read_only)):
+                    argv = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "virsh"]
+                    argv += [*(["-r"] if read_only else []), "-c", uri, *words.split()]
+                    process = await asyncio.create_subprocess_exec(
+                        *argv, env=environment(Path("/nonexistent")), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+                    )
+                    done = await ended(process)
+                    assert (done.status == 0) == right, (words, done)
+                    assert right or read_only or re.search(why, done.err), (words, done)
+        finally:
+            await daemon.stop()

@@ -301,5 +301,5 @@ SECTIONS: Mapping[str, tuple[Row, ...]] = {
     "unsupported": UNSUPPORTED,
     "read-only": READ_ONLY,
 }
-ONCE = {"power"}
+ONCE = ("power",)
 """What takes long and does not depend on the form of the URI."""
