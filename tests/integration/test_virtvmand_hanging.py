@@ -148,6 +148,40 @@ async def calls_and_does_not_read(daemon: PrivateVirtvmand) -> None:
         await ended(client)
 
 
+async def calls_one_by_one_and_does_not_read(daemon: PrivateVirtvmand) -> None:
+    """So that there is nothing left to work off when its answers are too many; then it sends without end."""
+    async with await RawClient.connect(daemon.socket, receive_bytes=SMALL) as client:
+        guest = await domain(client, "guest")
+        call = wire.encode(client.packet("domain_get_xml_desc", guest, 0))
+        with contextlib.suppress(ClosedError, TimeoutError):
+            async with asyncio.timeout(10):
+                for _ in range(2000):
+                    await client.send(call)
+                    await asyncio.sleep(0.001)
+                for _ in range(64):
+                    await client.send(_PING * (1024 * 1024 // len(_PING)))
+        await ended(client)
+
+
+async def says_half_a_call(daemon: PrivateVirtvmand) -> None:
+    """As much as it may: a definition that is all there but for a byte."""
+    async with await RawClient.connect(daemon.socket) as client:
+        await client.send(wire.encode(client.packet("domain_define_xml", "x" * 900_000))[:-1])
+        assert await client.until_closed(timeout_s=CUT_OFF_S) == []
+
+
+async def always_has_half_a_call_under_way(daemon: PrivateVirtvmand) -> None:
+    """And finishes each soon: it is answered, for longer than the one above lives."""
+    async with await RawClient.connect(daemon.socket) as client:
+        call = wire.encode(client.packet("connect_get_type", serial=1))
+        await client.send(call[:20])
+        until = time.monotonic() + 35
+        while time.monotonic() < until:
+            await client.send(call[20:] + call[:20])
+            assert (await client.reply(1)).status == wire.OK
+            await asyncio.sleep(0.05)
+
+
 async def asks_for_slow_things_and_does_not_read(daemon: PrivateVirtvmand) -> None:
     """Calls that vmand is asked for: 16 are under way at once, the others are refused."""
     async with await RawClient.connect(daemon.socket, receive_bytes=SMALL) as client:
@@ -207,6 +241,9 @@ HANGING: tuple[Callable[[PrivateVirtvmand], Coroutine[Any, Any, None]], ...] = (
     answers_pings,
     never_asked_for_pings,
     calls_and_does_not_read,
+    calls_one_by_one_and_does_not_read,
+    says_half_a_call,
+    always_has_half_a_call_under_way,
     asks_for_slow_things_and_does_not_read,
     subscribes_and_does_not_read,
     looks_at_a_console_and_does_not_read,
