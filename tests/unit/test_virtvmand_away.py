@@ -241,7 +241,8 @@ async def test_a_bug_of_whoever_is_told_ends_the_task(vmand: Vmand) -> None:
 async def test_the_host_may_be_known_later(vmand: Vmand) -> None:
     gate = vmand.close("capabilities")
     async with followed(vmand.path) as driver:
-        assert driver.mirror.known_host is None
+        early = driver.mirror.known_host
+        assert early is None
         asking = asyncio.create_task(driver.mirror.host())
         given_up = asyncio.create_task(driver.mirror.host())
         await asyncio.sleep(0)
