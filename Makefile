@@ -11,7 +11,7 @@ TRIXIE := build/trixie/manifest
 APT_BUILD := gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross python3-dev python3-venv cpio kmod libelf1
 APT_RUN := qemu-system-x86 qemu-system-arm qemu-utils device-tree-compiler iproute2
 APT_LINT := shellcheck groff-base mandoc
-APT_CLIENTS := libvirt-clients python3-libvirt
+APT_CLIENTS := libvirt-clients python3-libvirt libxml2-utils
 APT_PEER := libvirt-daemon-system $(APT_CLIENTS)
 SOURCES := ext/build_kernel.py $(wildcard ext/*.c ext/*.h ext/uapi/*.h)
 
@@ -24,7 +24,7 @@ help: ## this list
 demo: setup build/guest/amd64/initramfs.gz ## boot a guest whose vCPU's reservation sizes itself; writes build/demo/report.html
 	$(BIN)/python -m demo
 
-test: setup guest testkernel lint test-unit test-integration ## everything that CI runs
+test: setup guest testkernel build/.apt-clients lint test-unit test-integration ## everything that CI runs
 
 test-unit: setup ## seconds, no root, no guest
 	$(BIN)/python -m pytest tests/unit tests/repo

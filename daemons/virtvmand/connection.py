@@ -154,10 +154,10 @@ class Connection(asyncio.Protocol):
                     return
                 packet = self._framer.next()
                 if packet is not None:
+                    self._end_half()
                     self._take(packet)
                 if packet is None or not self._framer.held_bytes:
-                    self._watch_half()
-                    self._transport.resume_reading()
+                    self._await_more()
                     return
                 if self._loop.time() > until:
                     break
@@ -168,14 +168,18 @@ class Connection(asyncio.Protocol):
         self._transport.pause_reading()  # or a client that sends faster than we work would fill our memory
         self._loop.call_soon(self._go_on)
 
-    def _watch_half(self) -> None:
-        """Begin to wait for the rest of a packet, or end that: half a packet is not held for ever."""
-        if not self._framer.held_bytes:
-            if self._half is not None:
-                self._half.cancel()
-                self._half = None
-        elif self._half is None:
+    def _await_more(self) -> None:
+        """Nothing whole is left: read on, unless the client has too much to read; half a packet is not held for ever."""
+        if self._framer.held_bytes and self._half is None:
             self._half = self._loop.call_later(_WHOLE_WITHIN_S, self._cut_off, "it sent half a packet")
+        if self._stalled is None:
+            self._transport.resume_reading()
+
+    def _end_half(self) -> None:
+        """The packet that was waited for is there."""
+        if self._half is not None:
+            self._half.cancel()
+            self._half = None
 
     def _take(self, packet: Packet) -> None:
         if packet.program == wire.KEEPALIVE:

@@ -213,7 +213,7 @@ class Fuzz:
         self._left = count
         async with await RawClient.connect(self._daemon.socket) as client, asyncio.TaskGroup() as group:
             watching = group.create_task(self._watch(client))
-            await asyncio.gather(*[group.create_task(self._worker(one)) for one in self._makers])
+            await asyncio.wait([group.create_task(self._worker(one)) for one in self._makers])
             watching.cancel()
 
     async def _watch(self, client: RawClient) -> None:
