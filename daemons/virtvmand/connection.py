@@ -169,7 +169,7 @@ class Connection(asyncio.Protocol):
         self._loop.call_soon(self._go_on)
 
     def _await_more(self) -> None:
-        """Nothing whole is left: read on, unless the client has too much to read; half a packet is not held for ever."""
+        """No whole packet is left: read on, unless the client has too much to read. Half a one is not held for ever."""
         if self._framer.held_bytes and self._half is None:
             self._half = self._loop.call_later(_WHOLE_WITHIN_S, self._cut_off, "it sent half a packet")
         if self._stalled is None:
