@@ -65,6 +65,8 @@ class Definition:
     os_type: str = "hvm"
     kind: str = "vman"
     """The domain's type as written."""
+    targets: tuple[str, ...] = ()
+    """What the disks of the plan are called in the text, in their order."""
     consoles: tuple[str, ...] = ("serial0", "console0")
     """The names by which a client may ask for the console."""
 
@@ -115,6 +117,7 @@ def _definition(judge: Judge, root: Element, xml: str, plan: Plan) -> Definition
         arch=(kind and kind.attributes.get("arch")) or os.uname().machine,
         os_type=(kind and kind.text.strip()) or "hvm",
         kind=root.attributes.get("type", "vman"),
+        targets=() if devices is None else domdevices.targets(devices),
         consoles=("serial0", "console0")
         if devices is None
         else domdevices.consoles(judge, devices, plan.cmdline if plan.kernel else "console=hvc0"),

@@ -1,6 +1,6 @@
 """Domain XML of what runs: a definition with what only a running domain has, and XML for partitions that have none.
 
-Only what is known is shown: no pseudo terminal, no tap and no port that vmand did not name. Pure: no I/O.
+Only what is known is shown: no pseudo terminal and no port that vmand did not name. Pure: no I/O.
 """
 
 import os
@@ -39,8 +39,8 @@ def synthesized(partition: Partition) -> Definition:
 def domain_xml(definition: Definition, partition: Partition, *, active: bool, inactive_view: bool) -> str:
     """What a client is shown of a domain: its text as it was written.
 
-    Of a running one, unless its definition is asked for (``inactive_view``), with its id, the console's alias and its
-    address for vsock(7).
+    Of a running one, unless its definition is asked for (``inactive_view``), with its id, the console's alias, the taps
+    of its network interfaces and its address for vsock(7).
     """
     text, live = definition.xml, active and not inactive_view
     # A running guest's partition is what it was started as; its definition may already be another for the next start.
@@ -77,6 +77,14 @@ def _show_devices(edits: Edits, root: Element, partition: Partition) -> None:
         virtio = target is not None and target.attributes.get("type") == "virtio"
         if element.child("alias") is None:
             edits.insert_last(element, f"<alias name='{'console0' if virtio else 'serial0'}'/>")
+    nics = devices.all("interface")
+    # Of another number than the guest has it is not known which is which: another tool started it.
+    for element, tap in zip(nics, partition.taps if len(nics) == len(partition.taps) else (), strict=False):
+        target = element.child("target")
+        if target is None:
+            edits.insert_last(element, f"<target dev='{attribute(tap)}'/>")
+        else:
+            edits.set_attribute(target, "dev", tap)
     cid = devices.find("vsock", "cid")
     if cid is not None and partition.vsock_cid is not None:
         edits.set_attribute(cid, "address", str(partition.vsock_cid))

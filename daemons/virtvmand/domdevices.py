@@ -34,6 +34,17 @@ def disks(judge: Judge, devices: Element) -> tuple[Disk, ...]:
     return tuple(disk for _, disk in sorted(found.values(), key=lambda one: one[0]))
 
 
+def targets(devices: Element) -> tuple[str, ...]:
+    """The names of those disks, in the same order."""
+    found: dict[str, tuple[int, str]] = {}
+    for element in devices.all("disk"):
+        dev = _attribute(element, "dev", "target")
+        source = _SOURCES.get(element.attributes.get("type", "file"), "file")
+        if (match := _TARGET.fullmatch(dev)) is not None and _attribute(element, source, "source"):
+            found.setdefault(dev, (len(match["place"]), match["place"]))
+    return tuple(sorted(found, key=lambda dev: found[dev]))
+
+
 def _disk(judge: Judge, element: Element) -> Disk | None:
     attribute = _SOURCES.get(element.attributes.get("type", "file"), "file")
     key = f"devices/disk/source@{attribute}"

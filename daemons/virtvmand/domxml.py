@@ -1,7 +1,7 @@
 """The one door to domain XML for the rest of virtvmand: reading it, changing it, and showing a domain as it.
 
 What is behind it: `definition` (what a text asks for), `elements` (what is used, kept and refused), `domcheck` and
-`domdevices` (the rules), `domedit` (changes to a text), `describe` (texts of running domains).
+`domdevices` (the rules), `domedit` and `devedit` (changes to a text), `describe` (texts of running domains).
 """
 
 from virtvmand.definition import NAMESPACE, Definition, Plan, known_definition, read_definition

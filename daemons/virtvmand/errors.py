@@ -39,6 +39,7 @@ class Code(IntEnum):
     NO_DOMAIN_METADATA = 80
     OPERATION_UNSUPPORTED = 84
     ACCESS_DENIED = 88
+    DEVICE_MISSING = 99
 
 
 class LibvirtError(Exception):

@@ -68,6 +68,7 @@ class Api:
             "list": _Command(Nothing, look, self._list),
             "status": _Command(OfPartition, look, self._status),
             "vcpus": _Command(OfPartition, look, self._vcpus),
+            "usage": _Command(OfPartition, look, self._usage),
             "console": _Command(OfPartition, look, self._console),
             "attach-console": _Command(OfPartition, change, self._attach_console),
             "capabilities": _Command(Nothing, look, self._capabilities),
@@ -221,6 +222,9 @@ class Api:
 
     async def _vcpus(self, args: OfPartition, _call: _Call) -> Any:
         return await self._service.vcpus(self._id(args.id))
+
+    async def _usage(self, args: OfPartition, _call: _Call) -> Any:
+        return await self._service.usage(self._id(args.id))
 
     async def _console(self, args: OfPartition, _call: _Call) -> dict[str, Any]:
         return {"text": self._service.console(self._id(args.id))}

@@ -20,6 +20,7 @@ COMMANDS = {
     "list": "vmand.cli_look:list_partitions",
     "status": "vmand.cli_look:status",
     "vcpus": "vmand.cli_look:vcpus",
+    "usage": "vmand.cli_look:usage",
     "capabilities": "vmand.cli_look:capabilities",
     "doctor": "vmand.cli_look:doctor",
     "events": "vmand.cli_look:events",

@@ -39,6 +39,15 @@ def vcpus(output: Output, *, partition: Which) -> None:
 
 
 @click.command()
+@PARTITION
+@click.pass_obj
+def usage(output: Output, *, partition: Which) -> None:
+    """What the guest's disks and network interfaces carry."""
+    found = ask(output, lambda vmand: vmand.usage(partition))
+    output.show(found, lambda: cli_show.usage(found))
+
+
+@click.command()
 @click.pass_obj
 def capabilities(output: Output) -> None:
     """What this host can give, and why not where it can't."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from edgehold.api.vmand import Check, Event, Mode, Partition
+from edgehold.api.vmand import Check, DiskUse, Event, Mode, NicUse, Partition, Usage
 from edgehold.cli import table
 
 _LEVELS = {"missing": "red", "limited": "yellow", "good": "green"}
@@ -70,6 +70,23 @@ def _shown(name: str, value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return "-" if value is None or value == "" else str(value)
+
+
+def usage(found: Usage) -> str:
+    """A column for each device: disks first, then network interfaces."""
+    tables = (_columns("DISK", found.disks), _columns("NIC", found.nics))
+    return "\n\n".join(filter(None, tables)) or "no disks and no network interfaces"
+
+
+def _columns(what: str, devices: Sequence[DiskUse] | Sequence[NicUse]) -> str:
+    if not devices:
+        return ""
+    rows = [[name, *(_count(getattr(one, name)) for one in devices)] for name in devices[0].__struct_fields__]
+    return table([what, *map(str, range(len(devices)))], rows)
+
+
+def _count(value: object) -> str:
+    return "-" if value is None else _plain(str(value))
 
 
 def event(one: Event) -> str:

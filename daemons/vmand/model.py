@@ -147,6 +147,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     unit: str = ""
     arch: str = ""
     vsock_cid: int | None = None
+    disks: tuple[str, ...] = ()
+    """The files of the guest's disks, as whoever deployed it called them."""
+    nics: tuple[Nic, ...] = ()
+    """The guest's network interfaces, with the addresses that they have."""
     accelerator: str = ""
     boot_count: int = 0
     reason: str = ""
@@ -173,6 +177,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             unit="",
             arch="",
             vsock_cid=None,
+            disks=(),
+            nics=(),
             accelerator="",
             cores_grade=None,
             cores_reason="",
@@ -199,6 +205,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             memory_reason=self.memory_reason,
             arch=self.arch,
             vsock_cid=self.vsock_cid,
+            taps=tuple(tap_name(self.slot, n) for n in range(len(self.nics))),
             accelerator=self.accelerator,
             pid=self.pid if self.state in LIVE else None,
             user=self.uid if self.state in LIVE else None,
@@ -207,6 +214,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             reason=self.reason,
             last_output=self.last_output,
         )
+
+
+def tap_name(slot: int, n: int) -> str:
+    """What the host's side of the n-th network interface is called, of the guest in the partition of this slot."""
+    return f"vm{slot}-{n}"
 
 
 def memory_bytes(memsize_gib: float) -> int:

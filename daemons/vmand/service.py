@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from edgehold.api.vmand import Capabilities, CoresGrade, MemoryGrade, Mode, Partition, State, Vcpu
+from edgehold.api.vmand import Capabilities, CoresGrade, MemoryGrade, Mode, Partition, State, Usage, Vcpu
 from edgehold.clock import Clock
 from edgehold.errors import (
     BadRequestError,
@@ -136,6 +136,12 @@ class Service:
         """The threads of the guest's CPUs; none where no guest is deployed."""
         record = self.record(partition)
         return await self.backend.vcpus(record) if record.state in LIVE else []
+
+    async def usage(self, partition: int) -> Usage:
+        """What the guest's devices carry; empty where no guest is deployed."""
+        self.require(Trait.VIRTIO, "usage")
+        record = self.record(partition)
+        return await self.backend.usage(record) if record.state in LIVE else Usage()
 
     def console(self, partition: int) -> str:
         """The last console output."""
@@ -263,6 +269,8 @@ class Service:
                     unit=running.unit,
                     arch=running.arch,
                     vsock_cid=running.vsock_cid,
+                    disks=running.disks,
+                    nics=running.nics,
                     accelerator=running.accelerator,
                 )
                 grades = await self.backend.grade(deployed)

@@ -4,20 +4,27 @@ It reads only when asked to, so that a test can be a client that does not read.
 """
 
 import asyncio
+import contextlib
+import grp
+import itertools
+import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from edgehold.testing.capability import need_open_root
 from virtvmand import wire
 from virtvmand.table import NUMBERS, PROCEDURES
 from virtvmand.wire import Framer, Packet
+from virtvmand.xdr import Domain
 
 ANSWER_S = 30.0
 READ_ONLY = 1
 """Flag of ``connect_open``."""
+_USERS = itertools.count(64_000)
 _LIMIT = 32 * 1024 * 1024 + 4
 
 
@@ -85,7 +92,8 @@ class RawClient:
             ClosedError: nobody takes them.
         """
         try:
-            await asyncio.wait_for(self._loop.sock_sendall(self.sock, data), ANSWER_S)
+            async with asyncio.timeout(ANSWER_S):  # not wait_for, which may lose a cancellation before Python 3.12
+                await self._loop.sock_sendall(self.sock, data)
         except ConnectionError as error:
             raise ClosedError from error
 
@@ -171,3 +179,64 @@ def refusal(packet: Packet) -> int:
 def frame(words: Sequence[int], payload: bytes = b"") -> bytes:
     """A packet whose words may be any, also its length."""
     return struct.pack(">7I", *(one & 0xFFFFFFFF for one in words)) + payload
+
+
+@contextlib.contextmanager
+def as_user(group: str) -> Iterator[None]:
+    """Connections that begin in the block are those of a user nobody else is, in this group ("" is one without roles).
+
+    The kernel notes the effective ids at connect(2).
+    """
+    need_open_root()
+    gid, groups = grp.getgrnam(group).gr_gid if group else 65_533, os.getgroups()
+    before = os.getegid()
+    os.setgroups([])
+    os.setegid(gid)
+    os.seteuid(next(_USERS))
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(before)
+        os.setgroups(groups)
+
+
+async def connected_as(path: Path, group: str, *, flags: int | None = 0) -> RawClient:
+    """A client that belongs to another user."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with as_user(group):
+        sock.connect(str(path))
+    sock.setblocking(False)
+    one = RawClient(sock)
+    if flags is not None:
+        await one.call("connect_open", "vman:///system", flags)
+    return one
+
+
+async def domain(client: RawClient, name: str) -> Domain:
+    """Look a domain up by its name."""
+    (found,) = await client.call("domain_lookup_by_name", name)
+    assert isinstance(found, Domain)
+    return found
+
+
+def arguments(number: int, dom: Domain) -> bytes:
+    """Arguments that the procedure would take; its domain is a real one."""
+    simple: dict[str, object] = {"i32": 0, "u32": 0, "i64": 0, "u64": 0, "str": "<x/>", "uuid": dom.uuid}
+    values: list[object] = []
+    for one in PROCEDURES[number].takes.split():
+        kind = one.partition(":")[2]
+        if kind == "domain":
+            values.append(dom)
+        elif kind.endswith("?"):
+            values.append(None)
+        elif kind.startswith("opaque"):
+            values.append(b"\1")
+        else:
+            values.append([] if kind.endswith(">") else simple[kind])
+    return PROCEDURES[number].arguments.encode(values)
+
+
+def call(number: int, serial: int, payload: bytes = b"") -> Packet:
+    """The call of a procedure by its number, with any arguments."""
+    return Packet(wire.REMOTE, 1, number, wire.CALL, serial, wire.OK, payload)

@@ -6,11 +6,10 @@ The domains are two partitions that never start; nothing here may change them.
 import asyncio
 import contextlib
 import grp
-import itertools
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,22 @@ import pytest
 import pytest_asyncio
 
 from edgehold.api.vmand import Mode
-from edgehold.testing.capability import missing, need_command, need_open_root, need_root
+from edgehold.testing.capability import missing, need_command, need_root
 from edgehold.testing.partitions import PrivateVmand, private_vmand
 from edgehold.testing.virtvmand import PrivateVirtvmand, private_virtvmand
-from tests.integration.rawrpc import READ_ONLY, ClosedError, RawClient, RefusedError, frame, refusal
+from tests.integration.rawrpc import (
+    READ_ONLY,
+    ClosedError,
+    RawClient,
+    RefusedError,
+    arguments,
+    as_user,
+    call,
+    connected_as,
+    domain,
+    frame,
+    refusal,
+)
 from virtvmand import wire
 from virtvmand.table import BEFORE_OPEN, NUMBERS, PROCEDURES
 from virtvmand.wire import Packet
@@ -33,7 +44,6 @@ NAMES = ("one", "two")
 MEMORY_GIB = 16 / 1024
 _CHANGES = sorted(one.number for one in PROCEDURES.values() if one.changes)
 _PING = frame([28, wire.KEEPALIVE, 1, wire.PING, wire.MESSAGE, 0, 0])
-_USERS = itertools.count(64_000)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -83,65 +93,6 @@ def descriptors(daemon: PrivateVirtvmand) -> int:
     return len(os.listdir(f"/proc/{daemon.pid}/fd"))  # noqa: PTH208 - names are enough
 
 
-@contextlib.contextmanager
-def as_user(group: str) -> Iterator[None]:
-    """Connections that begin in the block are those of a user nobody else is, in this group ("" is one without roles).
-
-    The kernel notes the effective ids at connect(2).
-    """
-    need_open_root()
-    gid, groups = grp.getgrnam(group).gr_gid if group else 65_533, os.getgroups()
-    before = os.getegid()
-    os.setgroups([])
-    os.setegid(gid)
-    os.seteuid(next(_USERS))
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(before)
-        os.setgroups(groups)
-
-
-async def connected_as(path: Path, group: str, *, flags: int | None = 0) -> RawClient:
-    """A client that belongs to another user."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with as_user(group):
-        sock.connect(str(path))
-    sock.setblocking(False)
-    one = RawClient(sock)
-    if flags is not None:
-        await one.call("connect_open", "vman:///system", flags)
-    return one
-
-
-async def domain(client: RawClient, name: str = NAMES[0]) -> Domain:
-    (found,) = await client.call("domain_lookup_by_name", name)
-    assert isinstance(found, Domain)
-    return found
-
-
-def arguments(number: int, dom: Domain) -> bytes:
-    """Arguments that the procedure would take; its domain is a real one."""
-    simple: dict[str, object] = {"i32": 0, "u32": 0, "i64": 0, "u64": 0, "str": "<x/>", "uuid": dom.uuid}
-    values: list[object] = []
-    for one in PROCEDURES[number].takes.split():
-        kind = one.partition(":")[2]
-        if kind == "domain":
-            values.append(dom)
-        elif kind.endswith("?"):
-            values.append(None)
-        elif kind.startswith("opaque"):
-            values.append(b"\1")
-        else:
-            values.append([] if kind.endswith(">") else simple[kind])
-    return PROCEDURES[number].arguments.encode(values)
-
-
-def call(number: int, serial: int, payload: bytes = b"") -> Packet:
-    return Packet(wire.REMOTE, 1, number, wire.CALL, serial, wire.OK, payload)
-
-
 async def look(path: Path, *, within_s: float = 5.0) -> float:
     """What a well-behaved client gets, on a connection of its own; how long it took in seconds."""
     begin = time.monotonic()
@@ -156,7 +107,7 @@ async def look(path: Path, *, within_s: float = 5.0) -> float:
 
 
 async def refused_everything_that_changes(client: RawClient, code: int) -> None:
-    dom = await domain(client)
+    dom = await domain(client, NAMES[0])
     for number in _CHANGES:
         for payload in (arguments(number, dom), b""):
             answer = await client.ask(call(number, 1000 + number, payload))
@@ -178,7 +129,7 @@ async def test_a_user_who_may_look_changes_nothing(daemon: PrivateVirtvmand) -> 
 
 async def test_a_user_who_may_operate_does_so(daemon: PrivateVirtvmand) -> None:
     async with await connected_as(daemon.socket, OPERATES) as client:
-        dom = await domain(client)
+        dom = await domain(client, NAMES[0])
         with pytest.raises(RefusedError, match="is not running"):
             await client.call("domain_suspend", dom)
     async with await connected_as(daemon.read_only_socket, OPERATES) as client:
@@ -197,7 +148,7 @@ async def test_a_user_without_a_role_is_told_so_and_cut_off(daemon: PrivateVirtv
 
 async def test_secrets_are_not_shown_to_who_may_only_look(daemon: PrivateVirtvmand) -> None:
     async with await RawClient.connect(daemon.read_only_socket) as client:
-        dom = await domain(client)
+        dom = await domain(client, NAMES[0])
         assert "<name>one</name>" in (await client.call("domain_get_xml_desc", dom, 0))[0]
         with pytest.raises(RefusedError) as caught:
             await client.call("domain_get_xml_desc", dom, 1)
@@ -216,7 +167,7 @@ async def test_nothing_is_answered_before_open(daemon: PrivateVirtvmand) -> None
         with pytest.raises(RefusedError) as caught:
             await client.call("connect_open", None, 0)
         assert caught.value.code == 55
-        await domain(client)
+        await domain(client, NAMES[0])
 
 
 async def test_a_second_open_at_once_wins_nothing(daemon: PrivateVirtvmand) -> None:
@@ -264,7 +215,7 @@ async def test_what_is_not_known_is_refused_in_its_own_words(
         answer = await client.ask(asked)
         assert refusal(answer) == code
         assert answer[:3] == asked[:3]
-        await domain(client)
+        await domain(client, NAMES[0])
 
 
 @pytest.mark.parametrize("kind", [1, 2, 4, 5, 6, 7, -1, 2**31 - 1])
@@ -295,7 +246,7 @@ async def test_streams_that_are_not_there(daemon: PrivateVirtvmand) -> None:
             for procedure in (NUMBERS["domain_open_console"], 0, -1):
                 packet = Packet(wire.REMOTE, 1, procedure, wire.STREAM, 5, status, b"x" * 1000)
                 await client.send(wire.encode(packet))
-        assert (await domain(client)).name == NAMES[0]
+        assert (await domain(client, NAMES[0])).name == NAMES[0]
         assert [one.kind for one in client.others] == []
 
 
@@ -365,7 +316,7 @@ async def test_a_flood_of_small_packets_is_read_as_it_is_worked_off(daemon: Priv
 async def test_a_map_of_cpus_is_no_longer_than_any_host_needs(daemon: PrivateVirtvmand, length: int) -> None:
     before = daemon.rss_kib()
     async with await RawClient.connect(daemon.read_only_socket) as client:
-        dom = await domain(client)
+        dom = await domain(client, NAMES[0])
         for asked in (
             client.packet("domain_get_vcpu_pin_info", dom, 2**31 - 1, length, 0),
             client.packet("domain_get_vcpus", dom, 2**31 - 1, length),
@@ -376,7 +327,7 @@ async def test_a_map_of_cpus_is_no_longer_than_any_host_needs(daemon: PrivateVir
 
 async def test_a_domain_that_is_named_often_is_counted_once(daemon: PrivateVirtvmand) -> None:
     async with await RawClient.connect(daemon.socket) as client:
-        dom = await domain(client)
+        dom = await domain(client, NAMES[0])
         (records,) = await client.call("connect_get_all_domain_stats", [dom] * 16384, 0, 0)
         assert [one.name for one, _params in records] == [dom.name]
         with pytest.raises(RefusedError, match="16385 is more than 16384"):
@@ -421,7 +372,7 @@ async def test_no_user_takes_all_connections(daemon: PrivateVirtvmand) -> None:
         while True:  # when they are gone there is room again
             with contextlib.suppress(ClosedError):
                 async with await connected_as(daemon.socket, LOOKS) as client:
-                    await domain(client)
+                    await domain(client, NAMES[0])
                     break
 
 

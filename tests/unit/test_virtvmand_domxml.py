@@ -96,6 +96,7 @@ def test_everything_that_is_used() -> None:
         arch="aarch64",
         os_type="hvm",
         kind="vman",
+        targets=("vda", "vdb"),
         consoles=("serial0", "console0"),
     )
 

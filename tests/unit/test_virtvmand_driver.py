@@ -364,6 +364,8 @@ async def test_what_needs_a_guest_says_that_there_is_none(one: House) -> None:
         ("domain_resume", dom),
         ("domain_open_console", dom, None, 0),
         ("domain_memory_stats", dom, 10, 0),
+        ("domain_block_stats", dom, "vda"),
+        ("domain_interface_stats", dom, "vm0-0"),
         ("domain_get_vcpus", dom, 1, 1),
         ("domain_get_control_info", dom, 0),
         ("domain_set_memory", dom, 65536),

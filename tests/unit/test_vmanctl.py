@@ -88,6 +88,7 @@ CREATE = ("create-partition", {"cores": 2, "memsize": 1.0, "secure": False, "mod
              {"id": 2, "cores": 3, "memsize": 0.5, "mode": "shared", "strict": False, "secure": False}),
         ),
         (["vcpus", "9" * 30], ("vcpus", {"id": "9" * 30})),
+        (["usage", "2"], ("usage", {"id": 2})),
         (["console", "2", "--tail"], ("console", {"id": 2})),
     ],
 )  # fmt: skip
@@ -95,7 +96,7 @@ async def test_what_is_typed_is_what_is_asked_for(
     vmand: FakeVmand, words: list[str], asked: tuple[str, dict[str, Any]]
 ) -> None:
     partition = msgspec.to_builtins(PARTITION)
-    vmand.answers |= {"create-partition": {"id": 2}, "vcpus": [], "console": {"text": ""}}
+    vmand.answers |= {"create-partition": {"id": 2}, "vcpus": [], "usage": {}, "console": {"text": ""}}
     vmand.answers["change-partition"] = partition
     done = await invoke(vmand, *words)
     assert (done.exit_code, done.exception) == (0, None), done.output

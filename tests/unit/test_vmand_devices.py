@@ -111,6 +111,12 @@ async def test_what_is_not_wanted_is_not_asked_for() -> None:
     assert devices.vsock_cid(RECORD, images_of()) is None
 
 
+def test_addresses_that_were_made_are_known() -> None:
+    given = Nic(bridge="br1", mac="0A:00:00:00:00:01")
+    found = devices.addressed(RECORD, images_of(nics=(NIC, given)))
+    assert found == (Nic(bridge="br0", mac=tap.mac(RECORD, 0, NIC)), Nic(bridge="br1", mac="0a:00:00:00:00:01"))
+
+
 async def test_a_further_file_is_noticed(disk: Callable[..., OpenDisk]) -> None:
     qemu = Qemu(nodes=("disk0", "disk0-file", "#block077"))
     with pytest.raises(FailedError, match=r"names a further file since it was checked \(QEMU opened #block077\)"):

@@ -138,6 +138,9 @@ BY_HAND: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
     ("domain_set_autostart_once", "takes", (DOMAIN, 1), f"{DOMAIN_HEX} 00000001"),
     ("domain_set_autostart_once", "gives", (), ""),
     ("domain_get_messages", "gives", (["one", "four"],), "00000002 00000003 6f6e6500 00000004 666f7572"),
+    ("domain_attach_device", "takes", (DOMAIN, "<a/>"), f"{DOMAIN_HEX} 00000004 3c612f3e"),
+    ("domain_detach_device", "takes", (DOMAIN, "<a/>"), f"{DOMAIN_HEX} 00000004 3c612f3e"),
+    ("domain_update_device_flags", "takes", (DOMAIN, "<a/>", 2), f"{DOMAIN_HEX} 00000004 3c612f3e 00000002"),
     ("domain_abort_job", "gives", (), ""),
     ("domain_open_channel", "gives", (), ""),
     (

@@ -5,6 +5,7 @@ What a client would send is encoded, decoded and handled, and what it would get 
 
 import asyncio
 import contextlib
+import dataclasses
 import inspect
 import os
 import socket
@@ -12,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from edgehold.api.vmand import State
+from edgehold.api.vmand import Nic, State
 from edgehold.clock import SystemClock
 from edgehold.errors import EdgeholdError
 from edgehold.wire.control import ControlServer, bind_unix
@@ -44,12 +45,16 @@ class Backend(FakeBackend):
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self.started: list[tuple[Record, str, tuple[str, ...]]] = []
+        self.nics: tuple[Nic, ...] = ()
+        """What guests are said to have; there are no bridges here."""
 
     async def start(self, record: Record, images: Images, *, paused: bool = False) -> Running:
         from tests.unit.vmand_fake import IMAGES
 
-        self.started.append((record, images.cmdline, tuple(disk.file.name for disk in images.disks)))
-        return await super().start(record, IMAGES, paused=paused)
+        disks = tuple(disk.file.name for disk in images.disks)
+        self.started.append((record, images.cmdline, disks))
+        running = await super().start(record, IMAGES, paused=paused)
+        return dataclasses.replace(running, disks=disks, nics=self.nics)
 
 
 class FakeClient:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from edgehold.api.vmand import Check, CoresGrade, Event, MemoryGrade, Mode, State, Vcpu
+from edgehold.api.vmand import Check, CoresGrade, Event, MemoryGrade, Mode, State, Usage, Vcpu
 from edgehold.clock import SystemClock
 from vmand import model
 from vmand.backend import Backend, Changed, Ended, Finding, Grades, Host, Output, Running, Trait
@@ -53,6 +53,7 @@ class FakeBackend:
         self.presses = 0
         self.obeys_after = 1
         self.cut: str = ""
+        self.usages: dict[int, Usage] = {}
 
     def begin(self, *, changed: Changed, output: Output, ended: Ended) -> None:
         self.changed, self.output, self.ended = changed, output, ended
@@ -160,6 +161,10 @@ class FakeBackend:
 
     async def vcpus(self, record: Record) -> list[Vcpu]:
         return [Vcpu(index=n, tid=100 + n) for n in range(record.cores)]
+
+    async def usage(self, record: Record) -> Usage:
+        self._try("usage")
+        return self.usages.get(record.id, Usage())
 
     def console(self, record: Record) -> str:
         return f"console of {record.id}"

@@ -7,6 +7,7 @@ from virtvmand.driver import refused
 from virtvmand.driver.console import Console
 from virtvmand.driver.context import Context
 from virtvmand.driver.define import Define
+from virtvmand.driver.devices import Devices
 from virtvmand.driver.find import Absent, Find
 from virtvmand.driver.host import Host
 from virtvmand.driver.look import Look
@@ -15,6 +16,7 @@ from virtvmand.driver.run import Run
 from virtvmand.driver.session import Session
 from virtvmand.driver.stats import Stats
 from virtvmand.driver.tell import Tell
+from virtvmand.driver.usage import Carried
 from virtvmand.table import PROCEDURES
 
 
@@ -25,15 +27,18 @@ class Driver:
         self.run = Run(context)
         self.tell = Tell(clients)
         define = Define(context, self.run)
+        carried = Carried(context)
         parts = (
             Session(context),
             Host(context),
             Find(context),
             Absent(),
             Look(context),
-            Stats(context),
+            Stats(context, carried),
+            carried,
             self.run,
             define,
+            Devices(define),
             Metadata(context, define),
             Console(context),
             self.tell,

@@ -111,7 +111,7 @@ class Define:
         def edit(one: Domain) -> str:
             return domedit.with_memory(one.config.xml, memory_kib=memory_kib, current_kib=memory_kib)
 
-        await self._edit(client, dom, flags & ~_MAXIMUM, edit, "memory")
+        await self.edit(client, dom, flags & ~_MAXIMUM, edit, "memory")
 
     async def domain_set_vcpus(self, client: Client, dom: Named, count: int) -> None:
         await self.domain_set_vcpus_flags(client, dom, count, LIVE_FLAG)
@@ -120,7 +120,7 @@ class Define:
         def edit(one: Domain) -> str:
             return domedit.with_vcpus(one.config.xml, count)
 
-        await self._edit(client, dom, flags & ~_MAXIMUM, edit, "vCPUs")
+        await self.edit(client, dom, flags & ~_MAXIMUM, edit, "vCPUs")
 
     async def redefine(self, one: Domain, definition: Definition, *, live: str | None = None) -> None:
         """Give a domain another definition; asked for with its turn. All of it or nothing.
@@ -142,7 +142,11 @@ class Define:
         await _asked(vmand.change_partition, partition, annotations=_present(annotations, one), **changes)
         await self._context.mirror.refresh(partition)
 
-    async def _edit(self, client: Client, dom: Named, flags: int, edit: Callable[[Domain], str], what: str) -> None:
+    async def edit(self, client: Client, dom: Named, flags: int, edit: Callable[[Domain], str], what: str) -> None:
+        """Change the text of a persistent definition. ``what``: which part of it, for people.
+
+        ``flags``: `CONFIG`; `LIVE_FLAG`, which is refused; neither means the guest where one runs.
+        """
         async with self._context.turn(dom.uuid):
             one = self._find(dom)
             if flags & LIVE_FLAG or (not flags & CONFIG and one.active):

@@ -11,8 +11,9 @@ from virtvmand.domain import Domain
 from virtvmand.driver.context import Context
 from virtvmand.driver.find import selected
 from virtvmand.driver.look import cpu_time_ns, kib, must_be_active
+from virtvmand.driver.usage import Carried, blocks, interfaces
 from virtvmand.errors import Code, LibvirtError
-from virtvmand.xdr import INT, STRING, UINT, ULLONG, Param, encoded_domain
+from virtvmand.xdr import INT, UINT, ULLONG, Param, encoded_domain
 from virtvmand.xdr import Domain as Named
 
 # virDomainStatsTypes that we have something for; the bits of others are passed over, unless they are enforced.
@@ -31,8 +32,9 @@ _MAX_MAP_BYTES = 2048
 class Stats:
     """Figures of guests that run."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, carried: Carried) -> None:
         self._context = context
+        self._carried = carried
         self._threads: dict[int, tuple[int, list[Vcpu]]] = {}
         """By partition: its process, and the threads of its vCPUs, which stay the same as long as the process."""
 
@@ -92,10 +94,14 @@ class Stats:
         domains = [mirror.by_uuid(uuid) for uuid in dict.fromkeys(one.uuid for one in named)] or mirror.all()
         kinds = wanted or _ALL
         records = []
-        for one in selected(domains, flags & _FILTERS):
+        wished = selected(domains, flags & _FILTERS)
+        usages = await self._carried.of_all(wished) if kinds & (INTERFACE | BLOCK) else {}
+        for one in wished:
+            usage = usages.get(one.uuid)
             vcpus = await self._known_vcpus(one) if kinds & VCPU and one.active else []
             params = [each for kind, make in _MAKERS.items() if kinds & kind for each in make(one)]
             params += [each for vcpu in vcpus for each in _vcpu_figures(vcpu)]
+            params += [each for kind, make in _OF_DEVICES.items() if kinds & kind for each in make(one, usage)]
             records.append((encoded_domain(one.name, one.uuid, one.id), params))
         return (records,)
 
@@ -151,19 +157,8 @@ def _vcpu(one: Domain) -> Iterable[Param]:
     yield Param("vcpu.maximum", UINT, one.partition.cores)
 
 
-def _interfaces(one: Domain) -> Iterable[Param]:
-    yield Param("net.count", UINT, len(one.current.plan.nics))
-
-
-def _blocks(one: Domain) -> Iterable[Param]:
-    disks = one.current.plan.disks
-    yield Param("block.count", UINT, len(disks))
-    for number, disk in enumerate(disks):
-        yield Param(f"block.{number}.name", STRING, f"vd{chr(ord('a') + number)}")
-        yield Param(f"block.{number}.path", STRING, disk.path)
-
-
-_MAKERS = {STATE: _state, CPU: _cpu, BALLOON: _balloon, VCPU: _vcpu, INTERFACE: _interfaces, BLOCK: _blocks}
+_MAKERS = {STATE: _state, CPU: _cpu, BALLOON: _balloon, VCPU: _vcpu}
+_OF_DEVICES = {INTERFACE: interfaces, BLOCK: blocks}
 
 
 def _vcpu_figures(vcpu: Vcpu) -> list[Param]:

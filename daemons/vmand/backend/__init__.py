@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from edgehold.api.vmand import Check, CoresGrade, MemoryGrade, Vcpu
+from edgehold.api.vmand import Check, CoresGrade, MemoryGrade, Nic, Usage, Vcpu
 from vmand.model import Found, Images, Record
 
 
@@ -58,6 +58,10 @@ class Running:
     accelerator: str
     arch: str
     vsock_cid: int | None = None
+    disks: tuple[str, ...] = ()
+    """Their files, as the caller called them."""
+    nics: tuple[Nic, ...] = ()
+    """With the addresses that they have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +178,9 @@ class Backend(Protocol):
 
     async def vcpus(self, record: Record) -> list[Vcpu]:
         """The threads that run the guest's CPUs."""
+
+    async def usage(self, record: Record) -> Usage:
+        """What the guest's devices carry. Only asked of a back end with `Trait.VIRTIO`."""
 
     def console(self, record: Record) -> str:
         """The last output of the guest's console. What its watchers have not been given yet is given to them first."""

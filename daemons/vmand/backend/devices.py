@@ -42,6 +42,11 @@ def vsock_cid(record: Record, images: Images) -> int | None:
     return FIRST_CID + record.slot if images.vsock else None
 
 
+def addressed(record: Record, images: Images) -> tuple[Nic, ...]:
+    """The guest's network interfaces with the addresses that `plug` gives them."""
+    return tuple(Nic(bridge=nic.bridge, mac=tap.mac(record, n, nic)) for n, nic in enumerate(images.nics))
+
+
 async def plug(call: Call, record: Record, images: Images) -> None:
     """Give QEMU the devices of these images. The caller closes the images' files; nothing else of ours stays open.
 

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Collection
 from pathlib import Path
 
-from edgehold.api.vmand import Check, CoresGrade, MemoryGrade, Mode, Vcpu
+from edgehold.api.vmand import Check, CoresGrade, MemoryGrade, Mode, Usage, Vcpu
 from edgehold.errors import EdgeholdError, FailedError
 from edgehold.kernel import numa
 from vmand.backend import Changed, Ended, Finding, Grades, Host, Output, Running, Trait, devices, doctor, dtb, dtbcheck
@@ -24,6 +24,7 @@ from vmand.backend.process import Process
 from vmand.backend.rundir import RunDirs
 from vmand.backend.steering import Steering
 from vmand.backend.topology import isolated_by_boot
+from vmand.backend.usage import usage_of
 from vmand.config import Config
 from vmand.model import LIVE, MIB, Found, Images, OpenFile, Record, plain
 from vmand.placement import LINUX, Topology
@@ -182,6 +183,8 @@ class QemuBackend:
             accelerator=machine.accelerator,
             arch=machine.arch,
             vsock_cid=devices.vsock_cid(record, images),
+            disks=tuple(disk.file.name for disk in images.disks),
+            nics=devices.addressed(record, images),
         )
 
     async def adopt(self, record: Record) -> Finding:
@@ -256,6 +259,9 @@ class QemuBackend:
 
     async def vcpus(self, record: Record) -> list[Vcpu]:
         return await self._guest(record).vcpus()
+
+    async def usage(self, record: Record) -> Usage:
+        return await usage_of(self._guest(record).monitor.ask, record)
 
     def console(self, record: Record) -> str:
         guest = self._guests.get(record.id)

@@ -142,13 +142,20 @@ class Monitor:
         except (QMPError, OSError) as error:  # OSError: of the descriptor's own message, which is not queued
             raise UnavailableError(f"QEMU of {self._who} closed its monitor during {command}") from error
 
-    async def ask(self, command: str, kind: type[T], *, limit_s: float = math.inf) -> T:
+    async def ask(
+        self,
+        command: str,
+        kind: type[T],
+        arguments: dict[str, object] | None = None,
+        *,
+        limit_s: float = math.inf,
+    ) -> T:
         """One command whose answer is of this kind. Raises as `call`; QEMU may have been taken over and say anything.
 
         Raises:
             FailedError: the answer is of another kind.
         """
-        answer = await self.call(command, limit_s=limit_s)
+        answer = await self.call(command, arguments, limit_s=limit_s)
         try:
             return msgspec.convert(answer, kind)
         except (msgspec.ValidationError, RecursionError) as error:

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from edgehold.api.vmand import Nic
 from edgehold.errors import BadRequestError, DeniedError, FailedError, UnsupportedError
-from vmand.model import Record
+from vmand.model import Record, tap_name
 
 TUN = "/dev/net/tun"
 
@@ -88,7 +88,7 @@ def open_tap(record: Record, n: int, nic: Nic) -> Tap:
         UnsupportedError: no taps here, no such bridge, or vmand may not; the text has the cure.
         FailedError: the kernel refused.
     """
-    key, name = f"nics[{n}]", f"vm{record.slot}-{n}"
+    key, name = f"nics[{n}]", tap_name(record.slot, n)
     try:
         fd = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

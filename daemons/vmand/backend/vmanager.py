@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 from uuid import UUID
 
-from edgehold.api.vmand import Check, CoresGrade, MemoryGrade, Vcpu
+from edgehold.api.vmand import Check, CoresGrade, MemoryGrade, Usage, Vcpu
 from edgehold.errors import EdgeholdError, FailedError, UnsupportedError
 from edgehold.kernel import vmanager
 from edgehold.kernel.vmanager import Cap, Flag, Info, PartitionHandle, Status
@@ -248,6 +248,9 @@ class VmanagerBackend:
 
     async def vcpus(self, record: Record) -> list[Vcpu]:  # noqa: ARG002 - no thread of the host runs one
         return []
+
+    async def usage(self, record: Record) -> Usage:  # noqa: ARG002 - its guests have no virtio devices
+        return Usage()
 
     def console(self, record: Record) -> str:  # noqa: ARG002 - it is not ours to read
         return ""

@@ -1,7 +1,7 @@
 """vmand's contract: partitions, their states, and the client that other tools use.
 
 Commands, arguments and states are those of the vManager's internal API (NANCY D3.4 §3.2.1); what is ours beside them
-(names, modes, devices, grades, annotations, list, status, vcpus, console, events, doctor) only adds to it.
+(names, modes, devices, grades, annotations, list, status, vcpus, usage, console, events, doctor) only adds to it.
 """
 
 import asyncio
@@ -118,6 +118,8 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True):
     """``x86_64`` or ``aarch64`` while a guest is deployed."""
     vsock_cid: int | None = None
     """The guest's address (vsock(7)) where it was deployed with vsock."""
+    taps: tuple[str, ...] = ()
+    """The guest's network interfaces as the host's are called, in their order, while a guest is deployed."""
     user: int | None = None
     """The uid of the guest's process, where there is one."""
     accelerator: str = ""
@@ -138,6 +140,51 @@ class Vcpu(msgspec.Struct, frozen=True, kw_only=True):
 
     index: int
     tid: int
+
+
+class DiskUse(msgspec.Struct, frozen=True, kw_only=True):
+    """A guest's disk: what the guest did with it since its process started, and its sizes. None: it can't be told."""
+
+    path: str
+    """As it was given to deploy."""
+    read_bytes: int | None = None
+    read_requests: int | None = None
+    written_bytes: int | None = None
+    written_requests: int | None = None
+    flushes: int | None = None
+    capacity_bytes: int | None = None
+    """What the guest sees."""
+    allocated_bytes: int | None = None
+    """What it takes of the host's storage; a block device is taken whole."""
+    physical_bytes: int | None = None
+    """How long the image's file is, or the block device."""
+
+
+class NicUse(msgspec.Struct, frozen=True, kw_only=True):
+    """A guest's network interface and what went through it since the deploy, as the guest sees it: ``rx`` came to it.
+
+    None: it can't be told.
+    """
+
+    bridge: str
+    mac: str
+    interface: str
+    """The tap on the host."""
+    rx_bytes: int | None = None
+    rx_packets: int | None = None
+    rx_errors: int | None = None
+    rx_drops: int | None = None
+    tx_bytes: int | None = None
+    tx_packets: int | None = None
+    tx_errors: int | None = None
+    tx_drops: int | None = None
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a guest's devices carry, in the order of its deploy."""
+
+    disks: tuple[DiskUse, ...] = ()
+    nics: tuple[NicUse, ...] = ()
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -401,6 +448,13 @@ class VmandClient:
     async def vcpus(self, partition: Which) -> list[Vcpu]:
         """The threads that run the guest's CPUs; none where no guest is deployed."""
         return msgspec.convert(await self._control.call("vcpus", {"id": partition}), list[Vcpu])
+
+    async def usage(self, partition: Which) -> Usage:
+        """What the guest's disks and network interfaces carry; empty where no guest is deployed.
+
+        Beside what all raise, `TimedOutError` where the guest's QEMU does not answer within 2 s.
+        """
+        return msgspec.convert(await self._control.call("usage", {"id": partition}), Usage)
 
     async def console(self, partition: Which) -> str:
         """The last console output that vmand holds (bounded)."""
