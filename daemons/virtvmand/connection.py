@@ -152,6 +152,9 @@ class Connection(asyncio.Protocol):
             for _ in range(_AT_ONCE):
                 if self._stalled is not None or self._transport.is_closing():
                     return
+                if len(self._calls) >= MAX_CALLS:  # `_called` goes on; as libvirtd does, what comes next waits
+                    self._transport.pause_reading()
+                    return
                 packet = self._framer.next()
                 if packet is not None:
                     self._end_half()
@@ -211,12 +214,9 @@ class Connection(asyncio.Protocol):
         if not isinstance(values, CoroutineType):
             self._answer(packet, procedure, cast("Values", values))
             return
-        if len(self._calls) >= MAX_CALLS:
-            values.close()
-            raise LibvirtError(Code.OPERATION_FAILED, f"{MAX_CALLS} calls of this connection are under way; wait")
         task = self._loop.create_task(self._work(packet, procedure, values), name=f"{procedure.name} by {self.peer}")
         self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+        task.add_done_callback(self._called)
 
     def _allowed(self, packet: Packet) -> Procedure:
         if self._denied:
@@ -232,6 +232,11 @@ class Connection(asyncio.Protocol):
         if procedure.changes and self.read_only:
             raise LibvirtError(Code.OPERATION_DENIED, f"{procedure.name}: this connection may only look")
         return procedure
+
+    def _called(self, task: asyncio.Task[None]) -> None:
+        self._calls.discard(task)
+        if not self._going_on and not self._transport.is_closing():
+            self._go_on()
 
     async def _work(self, packet: Packet, procedure: Procedure, call: Awaitable[Values]) -> None:
         try:

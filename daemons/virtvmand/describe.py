@@ -44,7 +44,7 @@ def domain_xml(definition: Definition, partition: Partition, *, active: bool, in
     """
     text, live = definition.xml, active and not inactive_view
     # A running guest's partition is what it was started as; its definition may already be another for the next start.
-    if (live or not active) and (changed := _changed(definition.plan, partition)):
+    if live and (changed := _changed(definition.plan, partition)):
         text = with_options(text, changed)
     document = parse(text)
     edits, root = Edits(document), document.root

@@ -30,12 +30,12 @@ TRANSIENT = "libvirt.transient"
 AUTOSTART = "libvirt.autostart"
 YES = "yes"
 
-RUNNING, PAUSED, IN_SHUTDOWN, SHUT_OFF = 1, 3, 4, 5
+RUNNING, PAUSED, SHUT_OFF = 1, 3, 5
 """virDomainState, as far as a partition can be in it."""
 BOOTED, UNPAUSED = 1, 5
 """Reasons of RUNNING (virDomainRunningReason)."""
 BY_USER = 1
-"""Reason of PAUSED and IN_SHUTDOWN."""
+"""Reason of PAUSED."""
 UNKNOWN, SHUTDOWN, DESTROYED, CRASHED = 0, 1, 2, 3
 """Reasons of SHUT_OFF (virDomainShutoffReason)."""
 
@@ -43,10 +43,12 @@ XML_SECURE, XML_INACTIVE, XML_UPDATE_CPU, XML_MIGRATABLE = 1, 2, 4, 8
 """virDomainXMLFlags. There are no secrets in our texts, and CPU and devices are the same everywhere."""
 _XML_FLAGS = XML_SECURE | XML_INACTIVE | XML_UPDATE_CPU | XML_MIGRATABLE
 
-_UNDER_WAY = {"suspend": RUNNING, "reboot": RUNNING, "restore": PAUSED, "shutdown": IN_SHUTDOWN}
+_SHUTDOWN = "shutdown"
+_UNDER_WAY = {"suspend": RUNNING, "reboot": RUNNING, "restore": PAUSED, _SHUTDOWN: RUNNING}
 """What a domain is while vmand carries out a command on it; with any other it is shut off."""
 _LASTING = 6
 # So much of what a definition without a text is made of stays when its guest comes and goes.
+_KEPT_METADATA = 8
 _BY_FORCE = "ended by force"
 # How vmand's reason begins where a guest did not obey the button. Were it another, such an end would only be taken for
 # one in order.
@@ -65,7 +67,6 @@ class _Life(NamedTuple):
     state: int
     reason: int
     stands: bool
-    """Also while it is in shutdown: whether it was paused before."""
     ran: int
     """The last reason of RUNNING: a guest that did not obey the button goes on as it was."""
 
@@ -93,6 +94,7 @@ class Domain:
         self.persistent = annotations.get(TRANSIENT) != YES
         self.autostart = annotations.get(AUTOSTART) == YES
         self._texts: dict[bool, str] = {}
+        self._metadata: dict[tuple[int, str | None, bool], str] = {}
         # Reading a definition costs a millisecond: it is handed on as long as it would be read from the same.
         if before is not None:
             for kept in ("config", "current"):
@@ -101,6 +103,11 @@ class Domain:
 
     def __repr__(self) -> str:
         return f"<Domain {self.name} {self.partition.uuid} state={self.state} id={self.id}>"
+
+    @property
+    def in_shutdown(self) -> bool:
+        """Whether its guest is being asked to power off."""
+        return self.active and self.partition.state is State.BUSY and self.partition.command == _SHUTDOWN
 
     @property
     def guest(self) -> Guest:
@@ -144,6 +151,20 @@ class Domain:
             text = domxml.domain_xml(shown, self.partition, active=self.active, inactive_view=inactive)
             self._texts[inactive] = text
         return self._texts[inactive]
+
+    def metadata(self, kind: int, uri: str | None, *, live: bool) -> str:
+        """Title, description or an element of the guest's (``live``) or the next start's definition.
+
+        Raises:
+            LibvirtError: NO_DOMAIN_METADATA; there is none.
+        """
+        asked = (kind, uri, live)
+        if asked not in self._metadata:
+            text = domxml.metadata((self.current if live else self.config).xml, kind, uri)
+            if len(self._metadata) >= _KEPT_METADATA:
+                self._metadata.clear()
+            self._metadata[asked] = text
+        return self._metadata[asked]
 
     def successor(
         self,
@@ -212,12 +233,14 @@ def _life(partition: Partition, domain: Domain | None, *, destroyed: bool) -> _L
     before = None if domain is None else domain._life  # noqa: SLF001 - part of its making
     was_off = before is None or before.state == SHUT_OFF
     state = _state(partition, was_off=before is not None and was_off)
+    if state == RUNNING and partition.command == _SHUTDOWN and before is not None and before.stands:
+        state = PAUSED  # as libvirt has it: a guest that is asked to power off is what it was, until it is off
     if state == SHUT_OFF:
         return _Life(state, _why_off(partition, before, destroyed=destroyed), stands=False, ran=UNKNOWN)
     if before is None or domain is None or was_off or domain.partition.boot_count != partition.boot_count:
         stands, ran = state == PAUSED, BOOTED
     else:
-        stands = state == PAUSED or (state == IN_SHUTDOWN and before.stands)
+        stands = state == PAUSED
         ran = UNPAUSED if before.stands and state == RUNNING else before.ran
     return _Life(state, ran if state == RUNNING else BY_USER, stands, ran)
 
@@ -232,7 +255,7 @@ def _state(partition: Partition, *, was_off: bool) -> int:
             state = _UNDER_WAY.get(partition.command, SHUT_OFF)
             # What FAILED is shut down too, and has no guest. A back end without processes has no pid.
             has_guest = partition.pid is not None or (bool(partition.arch) and not was_off)
-            return state if has_guest or state != IN_SHUTDOWN else SHUT_OFF
+            return state if has_guest or partition.command != _SHUTDOWN else SHUT_OFF
     return SHUT_OFF
 
 

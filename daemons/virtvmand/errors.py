@@ -43,11 +43,15 @@ class Code(IntEnum):
 
 
 class LibvirtError(Exception):
-    """A refusal that a client gets: ``code`` for programs, ``str()`` for people."""
+    """A refusal that a client gets: ``code`` for programs, ``str()`` for people.
 
-    def __init__(self, code: Code, message: str) -> None:
+    ``retryable``: the same may succeed later, with nothing changed by whoever asks; for our own use.
+    """
+
+    def __init__(self, code: Code, message: str, *, retryable: bool = False) -> None:
         super().__init__(message)
         self.code = code
+        self.retryable = retryable or code in {Code.SYSTEM_ERROR, Code.OPERATION_TIMEOUT}
 
 
 # Nova takes 42 for gone, 55 for "look at the state", 38 and 68 for "try again".

@@ -15,7 +15,7 @@ from typing import NoReturn
 import msgspec
 
 from edgehold.api.vmand import Capabilities, Event, Partition, VmandClient
-from edgehold.errors import EdgeholdError, FailedError, NotFoundError, UnavailableError
+from edgehold.errors import EdgeholdError, FailedError, NotFoundError, TimedOutError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,10 @@ class Following:
         while True:
             async with self._slots:
                 self._again.discard(number)
-                annotations = await self.vmand.annotations(number)
+                try:
+                    annotations = await self.vmand.annotations(number)
+                except TimedOutError:  # others hold all its places; whether vmand hangs is found out apart
+                    continue
             if number not in self._again:
                 return annotations
 

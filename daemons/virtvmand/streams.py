@@ -73,9 +73,7 @@ class Stream(asyncio.Protocol):
     def received(self, status: int, payload: bytes) -> bool:
         """A packet of the client. Returns whether the stream is over for both sides."""
         if status == CONTINUE:
-            if not self._over and payload:
-                self._type(payload)
-            return False
+            return not self._over and bool(payload) and not self._type(payload)
         self.close()
         self._send(OK, b"")  # also to one who gave it up: anything else is an error to him (seen with libvirtd)
         return True
@@ -100,7 +98,8 @@ class Stream(asyncio.Protocol):
         elif self._connecting is None:
             self._sock.close()
 
-    def _type(self, data: bytes) -> None:
+    def _type(self, data: bytes) -> bool:
+        """Type it; False where the stream was given up instead."""
         transport = self._transport
         waiting = len(self._early) if transport is None else transport.get_write_buffer_size()
         if waiting + len(data) > _MAX_TYPED_BYTES:
@@ -108,7 +107,9 @@ class Stream(asyncio.Protocol):
             refusal = LibvirtError(Code.OPERATION_FAILED, "the guest does not take what is typed on its console")
             self._send(ERROR, error_payload(refusal))
             self.close()
-        elif transport is None:  # typed before the socket is ready
+            return False
+        if transport is None:  # typed before the socket is ready
             self._early += data
         else:
             transport.write(data)
+        return True

@@ -20,6 +20,8 @@ _VALIDATE = 1
 # Of an undefine: saved guests, snapshots, variables of a firmware, checkpoints, a TPM's state: there are none.
 _UNDEFINE_IDLE = 0x7F
 _MAXIMUM = 4
+# Characters of two texts that go into one request of 64 KiB, whatever JSON makes of them.
+_ONE_REQUEST = 30_000
 
 
 class Define:
@@ -78,7 +80,7 @@ class Define:
             if not one.persistent:
                 raise LibvirtError(Code.OPERATION_INVALID, f"domain '{one.name}' is transient: it has no definition")
             if one.active:
-                kept = {TRANSIENT: YES, LIVE: one.current.xml, AUTOSTART: None}
+                kept = {TRANSIENT: YES, XML: None, LIVE: one.current.xml, AUTOSTART: None}
                 await self.annotate(one, kept)
             else:
                 with about(one):
@@ -92,6 +94,8 @@ class Define:
             one = self._find(dom)
             if one.active:
                 raise LibvirtError(Code.OPERATION_INVALID, f"domain '{one.name}' is running; shut it down first")
+            if any(each.name == name and each is not one for each in self._context.mirror.all()):
+                raise LibvirtError(Code.OPERATION_FAILED, f"domain '{name}' already exists")
             await self.redefine(one, domxml.read_definition(domedit.with_name(one.config.xml, name)))
             note(client, "rename", name)
             return (0,)
@@ -128,8 +132,13 @@ class Define:
         ``live``: what its guest has from now on, where that changes too.
         """
         if one.active:
-            now = live or one.current.xml
-            await self.annotate(one, {XML: definition.xml, TRANSIENT: None, LIVE: now})
+            changes_live = {LIVE: live or one.current.xml}
+            changes_next = {XML: definition.xml, TRANSIENT: None}
+            if len(definition.xml) + len(changes_live[LIVE]) < _ONE_REQUEST:
+                await self.annotate(one, changes_live | changes_next)
+            else:  # the first alone changes nothing of what the next start takes
+                await self.annotate(one, changes_live)
+                await self.annotate(one, changes_next)
             return
         vmand, partition = self._context.mirror.vmand, one.partition.id
         changes = differences(one, definition.plan)
@@ -147,6 +156,8 @@ class Define:
 
         ``flags``: `CONFIG`; `LIVE_FLAG`, which is refused; neither means the guest where one runs.
         """
+        if flags & ~(LIVE_FLAG | CONFIG):
+            raise LibvirtError(Code.ARGUMENT_UNSUPPORTED, f"flags {flags:#x}: live and config are known")
         async with self._context.turn(dom.uuid):
             one = self._find(dom)
             if flags & LIVE_FLAG or (not flags & CONFIG and one.active):

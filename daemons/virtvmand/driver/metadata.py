@@ -24,7 +24,7 @@ class Metadata:
         live, config = _affected(one, flags)
         if live and config:
             raise LibvirtError(Code.INVALID_ARG, "live or config: one of them is read")
-        return (domedit.metadata((one.current if live else one.config).xml, kind, uri),)
+        return (one.metadata(kind, uri, live=live),)
 
     async def domain_set_metadata(
         self, client: Client, dom: Named, kind: int, value: str | None, key: str | None, uri: str | None, flags: int

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from edgehold.api.vmand import State
-from edgehold.errors import BadRequestError, EdgeholdError, NotFoundError, UnsupportedError
+from edgehold.errors import BadRequestError, EdgeholdError, NoCapacityError, NotFoundError, UnsupportedError
 from virtvmand.call import Client
-from virtvmand.domain import IN_SHUTDOWN, LIVE, PAUSED, RUNNING, Domain
+from virtvmand.domain import LIVE, PAUSED, RUNNING, Domain
 from virtvmand.domxml import Definition, Plan
 from virtvmand.driver.context import Context
 from virtvmand.driver.look import must_be_active
@@ -98,8 +98,11 @@ class Run:
     async def domain_destroy_flags(self, client: Client, dom: Named, flags: int) -> None:
         _only(flags, _DESTROY_KNOWN)
         one = self._find(dom)
+        if not one.active and self._context.has_turn(one.uuid):  # it is about to be started, or gone
+            async with self._context.turn(one.uuid):
+                one = self._find(dom)
         must_be_active(one)
-        # Not in turn: it must not wait for a start or a shutdown that hangs.
+        # Not in turn: it must not wait for a change or a shutdown that hangs.
         mirror = self._context.mirror
         mirror.intend_destroy(one.uuid)
         try:
@@ -132,7 +135,7 @@ class Run:
         _only_acpi(flags)
         one = self._find(dom)
         must_be_active(one)
-        if one.state[0] == IN_SHUTDOWN:
+        if one.in_shutdown:
             return  # it is being asked already
         limit_s = self._context.config.shutdown_timeout_s
         with about(one):
@@ -184,7 +187,9 @@ def about(one: Domain, *, wrong: Code = Code.INVALID_ARG) -> Iterator[None]:
         code = wrong if isinstance(error, BadRequestError) else from_edgehold(error).code
         if isinstance(error, UnsupportedError) and wrong is Code.INVALID_ARG:
             code = Code.OPERATION_UNSUPPORTED
-        raise LibvirtError(code, f"domain '{one.name}': {error.message}") from error
+        # Room comes back when somebody gives it back, which may be never.
+        later = error.retryable and not isinstance(error, NoCapacityError)
+        raise LibvirtError(code, f"domain '{one.name}': {error.message}", retryable=later) from error
 
 
 def start_paused(flags: int) -> bool:

@@ -1,8 +1,9 @@
 """What guests use: CPU time by vCPU, memory, and many figures of many domains in one call."""
 
+import asyncio
 from collections.abc import Iterable, Sequence
 
-from edgehold.api.vmand import Vcpu
+from edgehold.api.vmand import Partition, Vcpu
 from edgehold.errors import EdgeholdError
 from edgehold.kernel.procfs import GoneError
 from virtvmand import guestinfo, hostinfo
@@ -24,6 +25,8 @@ _FILTERS = 0xFF  # active to other: the same bits as those of a list
 # virDomainMemoryStatTags and virVcpuState.
 _ACTUAL, _RSS = 6, 7
 _RUNNING, _BLOCKED = 1, 2
+# vmand takes 16 requests of a conversation at once: most are for those who change something.
+_AT_ONCE = 2
 _STATES = {"R": _RUNNING}
 # Of a map of CPUs, as in the wire's own cpumaps: 16,384 CPUs.
 _MAX_MAP_BYTES = 2048
@@ -37,6 +40,8 @@ class Stats:
         self._carried = carried
         self._threads: dict[int, tuple[int, list[Vcpu]]] = {}
         """By partition: its process, and the threads of its vCPUs, which stay the same as long as the process."""
+        self._asking: dict[int, asyncio.Task[list[Vcpu]]] = {}
+        self._slots = asyncio.Semaphore(_AT_ONCE)
 
     async def domain_get_vcpus(
         self, _client: Client, dom: Named, most: int, map_length: int
@@ -91,7 +96,9 @@ class Stats:
             raise LibvirtError(Code.ARGUMENT_UNSUPPORTED, f"stats {wanted & ~_ALL:#x}: not known of these guests")
         mirror = self._context.mirror
         # Each once: a client must not have us count one guest 16,384 times.
-        domains = [mirror.by_uuid(uuid) for uuid in dict.fromkeys(one.uuid for one in named)] or mirror.all()
+        asked = {one.uuid for one in named}
+        # One that is gone by now is passed over, as libvirt does.
+        domains = [one for one in mirror.all() if not asked or one.uuid in asked]
         kinds = wanted or _ALL
         records = []
         wished = selected(domains, flags & _FILTERS)
@@ -117,7 +124,19 @@ class Stats:
         known = self._threads.get(partition.id)
         if partition.pid is not None and known is not None and known[0] == partition.pid:
             return known[1]
-        vcpus = await self._context.mirror.vmand.vcpus(partition.id)
+        asking = self._asking.get(partition.id)
+        if asking is None or asking.done():
+            asking = self._context.spawn(self._ask(partition), f"vCPUs of partition {partition.id}")
+            self._asking[partition.id] = asking
+        return await asyncio.shield(asking)
+
+    async def _ask(self, partition: Partition) -> list[Vcpu]:
+        """One request a guest, however many ask; and few at once, because one that hangs takes seconds."""
+        try:
+            async with self._slots:
+                vcpus = await self._context.mirror.vmand.vcpus(partition.id)
+        finally:
+            self._asking.pop(partition.id, None)
         there = {each.partition.id for each in self._context.mirror.all()}
         self._threads = {each: what for each, what in self._threads.items() if each in there}
         if partition.pid is not None:

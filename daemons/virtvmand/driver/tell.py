@@ -40,16 +40,21 @@ class Tell:
     def happened(self, happening: Happening) -> None:
         """Tell everybody who asked for it."""
         event, procedure, values = _message(happening)
-        layout = PROCEDURES[procedure].returns
-        uuid = happening.domain.uuid
+        uuid, rest = happening.domain.uuid, b""
         for client in list(self._clients()):
             for number, wish in client.callbacks.items():
                 if wish.event == event and wish.domain in {None, uuid}:
-                    client.send_event(procedure, layout.encode((number, happening.domain.ref, *values)))
+                    # Only the number differs, which comes first.
+                    rest = rest or PROCEDURES[procedure].returns.encode((0, happening.domain.ref, *values))[4:]
+                    client.send_event(procedure, number.to_bytes(4, "big") + rest)
 
     def _register(self, client: Client, wish: Subscription) -> int:
         if len(client.callbacks) >= MAX_CALLBACKS:
             raise LibvirtError(Code.OPERATION_FAILED, f"{MAX_CALLBACKS} callbacks are registered; take one back first")
+        if (
+            wish.event >= 0 and wish in client.callbacks.values()
+        ):  # libvirt's library registers once for all who want it
+            raise LibvirtError(Code.INVALID_ARG, f"event {wish.event}: registered on this connection already")
         number = next(self._numbers)
         client.callbacks[number] = wish
         return number

@@ -21,7 +21,7 @@ from virtvmand.xdr import STRING, UINT, ULLONG, Param
 from virtvmand.xdr import Domain as Named
 
 # vmand answers 16 requests of a conversation at once; some stay for others, however many guests hang.
-_AT_ONCE = 8
+_AT_ONCE = 4
 _UNKNOWN = -1
 """A figure that libvirt's calls must have and nobody knows."""
 _BLOCK_BYTES = 512  # of st_blocks (stat(2))
