@@ -5,7 +5,6 @@ Only what is so is in there; what is left out means "not known", and so does a c
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 
 from edgehold.api.vmand import Capabilities
@@ -25,6 +24,13 @@ _EMULATED_CPU = {"aarch64": "cortex-a72"}
 _OURS = "vman"
 
 
+def which_program(name: str) -> str | None:
+    """As `shutil.which`."""
+    import shutil  # noqa: PLC0415 - it brings three compression libraries into the process, for one who asks seldom
+
+    return shutil.which(name)
+
+
 def max_vcpus(caps: Capabilities, *, cpus: int | None = None) -> int:
     """The most vCPUs that one guest may have: the host's CPUs where it has shared partitions, else its pool of cores.
 
@@ -41,7 +47,7 @@ def types(caps: Capabilities, arch: str, *, native: str) -> tuple[str, ...]:
     return ("qemu", "kvm") if arch == native and caps.accelerator == "kvm" else ("qemu",)
 
 
-def emulator_of(caps: Capabilities, arch: str, *, which: Which = shutil.which) -> str:
+def emulator_of(caps: Capabilities, arch: str, *, which: Which = which_program) -> str:
     """The path of the program that runs such a guest. Empty where none does, or one of another name than QEMU gives."""
     return (which(f"qemu-system-{arch}") or "") if caps.backend == "qemu" else ""
 
@@ -54,7 +60,7 @@ def domain_capabilities_xml(
     machine: str | None = None,
     virttype: str | None = None,
     native: str = "",
-    which: Which = shutil.which,
+    which: Which = which_program,
 ) -> str:
     """What a guest of one kind can have. What is not asked for is the default: the host's architecture, the best type.
 

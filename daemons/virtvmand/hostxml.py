@@ -5,13 +5,12 @@ element that is left out means "not known", and so does a client take it. The te
 """
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from edgehold.api.vmand import Capabilities
 from virtvmand import hostcells, hostinfo
-from virtvmand.domaincaps import MACHINES, Which, emulator_of, max_vcpus, types
+from virtvmand.domaincaps import MACHINES, Which, emulator_of, max_vcpus, types, which_program
 from virtvmand.errors import Code, LibvirtError
 from virtvmand.hostcells import PROC, SYS, Cell, Cpu
 from virtvmand.markup import leaf, tag
@@ -56,7 +55,7 @@ def capabilities_xml(
     sysfs: Path = SYS,
     machine_id: Path = hostinfo.MACHINE_ID,
     native: str = "",
-    which: Which = shutil.which,
+    which: Which = which_program,
 ) -> str:
     """What virsh capabilities shows: the host's CPUs and memory as they belong together, and the guests that it runs.
 

@@ -15,7 +15,7 @@ import msgspec
 from virtvmand.errors import Code, LibvirtError
 
 MAX_BYTES = 44 * 1024
-"""vmand keeps 48 KiB of annotations with a partition; the rest of it is for the small ones."""
+"""vmand keeps 96 KiB of annotations with a partition: two of these, and the rest of it is for the small ones."""
 MAX_ELEMENTS = 5000
 MAX_DEPTH = 32
 

@@ -52,3 +52,9 @@ def test_import_edgehold_costs_under_60_ms_of_cpu() -> None:
         for _ in range(5)
     ]
     assert min(costs) < 0.060
+
+
+def test_virtvmand_brings_no_tls_no_hashes_and_no_compression() -> None:
+    """Libraries of some megabytes; asyncio would bring the first two, shutil the others."""
+    absent = {"_ssl", "_hashlib", "_lzma", "_bz2", "aiohttp", "prometheus_client", "sqlite3", "click", "vmand"}
+    assert modules_after("import virtvmand.__main__") & absent == set()
