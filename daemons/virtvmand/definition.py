@@ -4,7 +4,6 @@ The definition stays as it was written; `Plan` is its meaning. What is not in th
 name, so that nobody is promised what a partition does not have. Pure: no I/O.
 """
 
-import os
 import re
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from virtvmand import domdevices
 from virtvmand.domcheck import Judge, absolute, check_tables, kibibytes, number, uuid_text
 from virtvmand.errors import LibvirtError
 from virtvmand.xmledit import Edits
-from virtvmand.xmltree import Document, Element, parse, refuse
+from virtvmand.xmltree import MAX_OWN_BYTES, Document, Element, parse, refuse
 
 NAMESPACE = "urn:edgehold:partition:1"
 """Of the element in a domain's metadata that has what libvirt has no element for."""
@@ -58,13 +57,7 @@ class Definition:
     xml: str
     """As it was written, with the uuid and the addresses of interfaces where they were missing."""
     plan: Plan
-    title: str | None = None
-    description: str | None = None
-    arch: str
-    """``x86_64`` or ``aarch64``."""
     os_type: str = "hvm"
-    kind: str = "vman"
-    """The domain's type as written."""
     targets: tuple[str, ...] = ()
     """What the disks of the plan are called in the text, in their order."""
     consoles: tuple[str, ...] = ("serial0", "console0")
@@ -95,9 +88,9 @@ def known_definition(xml: str) -> Definition:
     A text that is no domain XML at all gives a plan without a name.
     """
     try:
-        root = parse(xml).root
+        root = parse(xml, most=MAX_OWN_BYTES).root
     except LibvirtError:
-        return Definition(xml=xml, plan=Plan(name="", uuid=""), arch=os.uname().machine)
+        return Definition(xml=xml, plan=Plan(name="", uuid=""))
     judge = Judge(strict=False)
     return _definition(judge, root, xml, _plan(judge, root, ""))
 
@@ -107,16 +100,11 @@ def _definition(judge: Judge, root: Element, xml: str, plan: Plan) -> Definition
     title = root.child("title")
     if title is not None and "\n" in title.text:
         judge.wrong("title", "it may have one line; the description may have more")
-    description = root.child("description")
     kind = root.find("os", "type")
     return Definition(
         xml=xml,
         plan=plan,
-        title=(title and title.text) or None,
-        description=(description and description.text) or None,
-        arch=(kind and kind.attributes.get("arch")) or os.uname().machine,
         os_type=(kind and kind.text.strip()) or "hvm",
-        kind=root.attributes.get("type", "vman"),
         targets=() if devices is None else domdevices.targets(devices),
         consoles=("serial0", "console0")
         if devices is None

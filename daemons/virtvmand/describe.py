@@ -9,7 +9,7 @@ from edgehold.api.vmand import Partition
 from virtvmand.definition import Definition, Plan, known_definition
 from virtvmand.domedit import edgehold_element, with_options
 from virtvmand.xmledit import Edits
-from virtvmand.xmltree import Element, attribute, escaped, parse
+from virtvmand.xmltree import MAX_OWN_BYTES, Element, attribute, escaped, parse
 
 
 def synthesized(partition: Partition) -> Definition:
@@ -46,7 +46,7 @@ def domain_xml(definition: Definition, partition: Partition, *, active: bool, in
     # A running guest's partition is what it was started as; its definition may already be another for the next start.
     if live and (changed := _changed(definition.plan, partition)):
         text = with_options(text, changed)
-    document = parse(text)
+    document = parse(text, most=MAX_OWN_BYTES)
     edits, root = Edits(document), document.root
     if live:
         edits.set_attribute(root, "id", str(partition.id))

@@ -1,4 +1,4 @@
-"""The one door to domain XML for the rest of virtvmand: reading it, changing it, and showing a domain as it.
+"""The usual door to domain XML: reading it, the changes that most need, and showing a domain as it.
 
 What is behind it: `definition` (what a text asks for), `elements` (what is used, kept and refused), `domcheck` and
 `domdevices` (the rules), `domedit` and `devedit` (changes to a text), `describe` (texts of running domains).

@@ -160,7 +160,7 @@ def _other_metadata(old: Definition, new: Definition) -> tuple[tuple[int, str | 
 
 def _parts(xml: str) -> tuple[tuple[bytes, ...], dict[tuple[int, str | None], tuple[bytes, ...]]]:
     """A document in pieces of its text: what is no metadata; metadata by kind and namespace."""
-    document = xmltree.parse(xml)
+    document = xmltree.parse(xml, most=xmltree.MAX_OWN_BYTES)
     root, data = document.root, document.data
     rest = [data[root.begin : root.inner]]
     described: dict[tuple[int, str | None], tuple[bytes, ...]] = {}

@@ -15,6 +15,7 @@ import msgspec
 from virtvmand.errors import Code, LibvirtError
 
 MAX_BYTES = 44 * 1024
+MAX_OWN_BYTES = 2 * MAX_BYTES
 """vmand keeps 96 KiB of annotations with a partition: two of these, and the rest of it is for the small ones."""
 MAX_ELEMENTS = 5000
 MAX_DEPTH = 32
@@ -76,15 +77,15 @@ class Document(msgspec.Struct, frozen=True):
     root: Element
 
 
-def parse(text: str, *, what: str = "domain XML") -> Document:
-    """Read a document.
+def parse(text: str, *, what: str = "domain XML", most: int = MAX_BYTES) -> Document:
+    """Read a document. ``most``: bytes; `MAX_OWN_BYTES` for one that was accepted and got something put into it since.
 
     Raises:
         LibvirtError: XML_ERROR; it is malformed (the text names line and column), too large, or declares types.
     """
-    data = encoded(text[: MAX_BYTES + 1], what=what)
-    if len(data) > MAX_BYTES:
-        refuse(what, f"it is longer than the {MAX_BYTES} bytes (44 KiB) that vmand can keep; shorten its metadata")
+    data = encoded(text[: most + 1], what=what)
+    if len(data) > most:
+        refuse(what, f"it is longer than the {most} bytes ({most // 1024} KiB) that are kept; shorten its metadata")
     return Document(data, _Builder(data, what).root())
 
 
