@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 COMMAND_ID = "0d5b1b0d6f0f4c53a4b7f3b0f5b7a9c1"
 """MESSAGE_ID of the line that each changing command leaves: who asked, and what came of it."""
 _REFUSAL_S = 0.25
-"""How long one who does not want to wait does so all the same, to hear of a refusal."""
+"""How long one who does not want to wait does so all the same once it has begun, to hear of a failure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +166,9 @@ class Api:
         self._service.annotate(partition, args.annotations)
         return {"id": partition}
 
-    async def _annotations(self, args: OfPartition, _call: _Call) -> dict[str, str]:
+    async def _annotations(self, args: OfPartition, call: _Call) -> dict[str, str]:
+        # They are long: who asks for many at once would be cut off as one that does not read.
+        await call.connection.drain()
         return self._service.annotations(self._id(args.id))
 
     async def _deploy(self, args: Deploy, call: _Call) -> dict[str, Any]:
@@ -190,21 +192,29 @@ class Api:
 
     async def _reboot(self, args: Reboot, _call: _Call) -> dict[str, Any]:
         partition = self._id(args.id)
-        work = self._service.reboot(partition, graceful=args.graceful, timeout_s=args.timeout_s)
-        return _state(await self._begun(work, partition, model.REBOOT, wait=args.wait))
+        work = partial(self._service.reboot, partition, graceful=args.graceful, timeout_s=args.timeout_s)
+        if args.wait:
+            return _state(await work())
+        self._service.book.refuse_if_busy(partition, model.REBOOT)
+        return _state(await self._begun(work, partition, model.REBOOT))
 
     async def _shutdown(self, args: Shutdown, _call: _Call) -> dict[str, Any]:
         partition = self._id(args.id)
-        work = self._service.shutdown(partition, timeout_s=args.timeout_s, force=args.force, leave=args.leave)
-        return _state(await self._begun(work, partition, model.SHUTDOWN, wait=args.wait))
+        work = partial(self._service.shutdown, partition, timeout_s=args.timeout_s, force=args.force, leave=args.leave)
+        if args.wait:
+            return _state(await work())
+        if not args.force:  # which may hurry what is under way
+            self._service.book.refuse_if_busy(partition, model.SHUTDOWN)
+        return _state(await self._begun(work, partition, model.SHUTDOWN))
 
-    async def _begun(self, work: Coroutine[Any, Any, Record], partition: int, command: str, *, wait: bool) -> Record:
-        """Its outcome; without ``wait`` after a moment what it is by then, and what becomes of it is in the journal."""
-        if wait:
-            return await work
+    async def _begun(self, work: Callable[..., Coroutine[Any, Any, Record]], partition: int, command: str) -> Record:
+        """What a partition is a moment after a command got its turn; what becomes of it is in the journal."""
+        begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         task: asyncio.Task[Record] = self._service.spawn(
-            work, f"{command} of partition {partition}, nobody waits for it"
+            work(begun=partial(begun.set_result, None)), f"{command} of partition {partition}, nobody waits for it"
         )
+        either: set[asyncio.Future[Any]] = {task, begun}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait({task}, timeout=_REFUSAL_S)
         if task.done():
             return await task

@@ -93,6 +93,15 @@ class Book:
         finally:
             lock.release()
 
+    def refuse_if_busy(self, partition: int, command: str) -> None:
+        """Refuse a command that is not to wait for the one that is under way.
+
+        Raises:
+            BadStateError: there is one; it may be tried again.
+        """
+        if self.record(partition).pending:
+            self.refuse_busy(partition, command)
+
     def refuse_busy(self, partition: int, command: str) -> None:
         """Refuse a command because of the one that is under way.
 
@@ -124,8 +133,11 @@ class Book:
         """Write a partition's new record, and in the same step what is to be annotated (None removes); tell of both.
 
         Raises:
+            BadRequestError: the annotations are malformed or, with those that are there by now, too much.
             FailedError: it can't be written; nothing is changed.
         """
+        if annotations:
+            model.annotated(self.store.annotations(record.id), annotations)
         self.store.save(record, annotations=annotations)
         kept = self._keep(record)
         if annotations:

@@ -38,15 +38,22 @@ class Capacity:
         self._records = records
         self._topology = topology
         self._memory_limit = memory_limit
+        self._owed: set[int] = set()
 
     def reserved_bytes(self) -> int:
         """What all partitions have together."""
         return sum(one.memory_bytes for one in self._records())
 
+    def owe(self, partitions: Collection[int]) -> None:
+        """Count the memory of these partitions as taken, although the host has it, until it was taken anew or that was
+        refused: it is nobody else's."""
+        self._owed.update(partitions)
+
     def memory_free(self, *, besides: Record | None = None) -> int:
         """Bytes that a partition could be given. ``besides``: one that would give its own back for it."""
         own = besides.memory_bytes if besides is not None else 0
-        free = self._backend.memory_free() + own
+        owed = sum(one.memory_bytes for one in self._records() if one.id in self._owed)
+        free = self._backend.memory_free() - owed + own
         if self._memory_limit:
             free = min(free, self._memory_limit - self.reserved_bytes() + own)
         return max(free, 0)
@@ -95,7 +102,10 @@ class Capacity:
             EdgeholdError: it is not there; what the partition had may be gone, see `restocked`.
         """
         await self.give_back(before)
-        return await self._backend.reserve(after)
+        try:
+            return await self._backend.reserve(after)
+        finally:
+            self._owed.discard(before.id)
 
     async def with_memory(self, record: Record) -> Record:
         """A partition that is to be deployed, its memory taken anew where it is not there.
@@ -104,6 +114,7 @@ class Capacity:
             EdgeholdError: it can't be.
         """
         if await self._backend.holds(record):
+            self._owed.discard(record.id)
             return record
         async with self.taking:
             try:
@@ -120,6 +131,7 @@ class Capacity:
             EdgeholdError: it can't be known what is there.
         """
         if await self._backend.holds(record):
+            self._owed.discard(record.id)
             return record
         try:
             grades = await self.exchange(record, record)

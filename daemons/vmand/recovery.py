@@ -4,7 +4,8 @@
 | ---                       | ---                                                                        |
 | create-partition, deploy  | rolled back: the remains are removed; no partition, or a READY one          |
 | shutdown, destroy         | rolled forward: the guest is ended; a READY partition, or none              |
-| shutdown that leaves      | the guest is adopted: it is not ended by force                              |
+| shutdown that leaves      | the guest is adopted: it is not ended by force; one that was suspended and  |
+|                           | went on for the button is again                                            |
 | change-partition          | rolled back: a READY partition as it was                                    |
 | suspend, restore, reboot  | QEMU is asked what the guest does, and that is written; a guest that was to |
 |                           | power off for a reboot, and did, is started again                          |
@@ -40,6 +41,7 @@ async def recover(service: Service) -> None:
     await service.backend.sweep(service.records)
     service.watch.begin()
     if bare := await _bare(service):
+        service.capacity.owe(bare)
         service.spawn(_restock(service, bare), "memory of partitions at rest")
 
 
@@ -111,6 +113,9 @@ async def _adopt(service: Service, record: Record) -> None:
             if record.pending == model.REBOOT and finding.found is Found.OFF:  # it was asked to power off for that
                 await service.backend.reboot(record)
                 finding = Finding(found=Found.RUNNING)
+            if (record.pending, record.state, finding.found) == (model.SHUTDOWN, State.SUSPENDED, Found.RUNNING):
+                await service.backend.suspend(record)
+                finding = await service.backend.look(record)
             settled = await service.watch.reconcile(record, finding)
             if settled.state in LIVE:
                 await service.watch.regrade(settled)

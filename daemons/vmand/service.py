@@ -296,12 +296,23 @@ class Service:
             await self.backend.restore(record)
             return self.book.put_late(msgspec.structs.replace(record, state=State.DEPLOYED, pending=""))
 
-    async def reboot(self, partition: int, *, graceful: bool = False, timeout_s: float | None = None) -> Record:
-        """Reset the guest: at once, or when it has powered off, or when the time for that is over."""
+    async def reboot(
+        self,
+        partition: int,
+        *,
+        graceful: bool = False,
+        timeout_s: float | None = None,
+        begun: Callable[[], None] = lambda: None,
+    ) -> Record:
+        """Reset the guest: at once, or when it has powered off, or when the time for that is over.
+
+        ``begun`` is called when it is its turn: it is not refused for its state any more.
+        """
         limit_s = self._shutdown_timeout_s if timeout_s is None else timeout_s
         if graceful:
             self.require(Trait.SHUTDOWN, "reboot graceful")
         async with self.book.turn(partition, model.REBOOT) as record:
+            begun()
             reason = ""
             if graceful and (refused := await self._power_off.ask(record, limit_s)):
                 reason = f"reset by force: {refused}"
@@ -311,9 +322,17 @@ class Service:
             return self.book.put_late(msgspec.structs.replace(record, boot_count=count, pending="", reason=reason))
 
     async def shutdown(
-        self, partition: int, *, timeout_s: float | None = None, force: bool = False, leave: bool = False
+        self,
+        partition: int,
+        *,
+        timeout_s: float | None = None,
+        force: bool = False,
+        leave: bool = False,
+        begun: Callable[[], None] = lambda: None,
     ) -> Record:
         """Power the guest off: the button until the time is over, then by force; with ``leave`` never by force.
+
+        ``begun``: as of `reboot`.
 
         Raises:
             TimedOutError: with ``leave``; the guest goes on as it was.
@@ -329,6 +348,7 @@ class Service:
             if record.state is State.READY:
                 return record
         async with self.book.turn(partition, model.SHUTDOWN, leave=leave) as record:
+            begun()
             refused = ""
             if record.state in LIVE and not force:
                 refused = await self._power_off.ask(record, limit_s)

@@ -1,5 +1,6 @@
 """Annotations and uuids of the caller's, and what listeners are told when: against a back end in memory."""
 
+import asyncio
 import contextlib
 import sqlite3
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ from edgehold.wire.control import ControlServer, bind_unix
 from edgehold.wire.peer import Roles
 from tests.unit.vmand_fake import IMAGES, Daemon, Listener
 from vmand.api import Api
+from vmand.backend import Grades
 from vmand.change import Change, change_partition
 from vmand.config import Config
 from vmand.model import MIB, Record
@@ -96,7 +98,7 @@ async def test_a_command_under_way_neither_delays_an_annotation_nor_loses_it(dae
         ({"a/b": None}, "the key 'a/b'"),
         ({"a" * 65: "x"}, "is not 1 to 64"),
         ({f"k{n}": "" for n in range(9)}, r"\d+ keys are more than 8; remove one with null"),
-        ({"a": "1", "big": "ü" * 24 * 1024}, r"4915\d bytes in all are more than 49152; the longest is 'big'"),
+        ({"a": "1", "big": "ü" * 48 * 1024}, r"9830\d bytes in all are more than 98304; the longest is 'big'"),
     ],
 )
 async def test_annotations_that_are_refused(daemon: Daemon, annotations: dict[str, Any], text: str) -> None:
@@ -111,6 +113,41 @@ async def test_annotations_that_are_refused(daemon: Daemon, annotations: dict[st
             await daemon.make(State.READY, annotations=annotations)
     assert daemon.service.annotations(one) == {"a": "1"}
     assert daemon.rows() == rows
+
+
+async def test_two_definitions_of_44_kib_fit(daemon: Daemon, client: VmandClient) -> None:
+    one = await daemon.make(State.READY)
+    kept = {"definition": "d" * 44 * 1024, "live": "<" * 44 * 1024, "note": ""}
+    for key, text in kept.items():
+        await client.annotate(one, {key: text})
+    assert await client.annotations(one) == kept
+
+
+async def test_who_asks_for_many_at_once_is_not_cut_off(daemon: Daemon, client: VmandClient) -> None:
+    one = await daemon.make(State.READY)
+    kept = {"definition": '"' * 44 * 1024, "live": "\0" * 44 * 1024}
+    daemon.service.annotate(one, kept)
+    assert await asyncio.gather(*(client.annotations(one) for _ in range(16))) == [kept] * 16
+
+
+async def test_an_annotation_in_the_middle_of_a_change_passes_no_bound(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await daemon.make(State.READY)
+    (before,) = daemon.rows()
+    reserve = daemon.backend.reserve
+
+    async def late(record: Record) -> Grades:
+        if record.memory_bytes != before.memory_bytes:
+            daemon.service.annotate(one, {"a": "x" * 60_000})
+        return await reserve(record)
+
+    monkeypatch.setattr(daemon.backend, "reserve", late)
+    with pytest.raises(BadRequestError, match="bytes in all are more than 98304"):
+        await change_partition(daemon.service, one, Change(memory_bytes=128 * MIB, annotations={"b": "x" * 60_000}))
+    assert daemon.rows() == [before]
+    assert daemon.world.memory == {before.uuid: before.memory_bytes}
+    assert list(daemon.service.annotations(one)) == ["a"]
 
 
 async def test_a_full_disk_annotates_nothing(daemon: Daemon) -> None:

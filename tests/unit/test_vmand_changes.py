@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,58 @@ async def test_a_shutdown_that_was_cut_off_ends_no_guest_that_it_was_to_leave(
         daemon.world.guests[record.run] = Found.RUNNING
     await daemon.start()
     lives = leave and state is not State.FAILED
-    assert daemon.service.status(one).state is (State.DEPLOYED if lives else State.READY)
-    assert bool(daemon.world.guests) == lives
+    assert daemon.service.status(one).state is (state if lives else State.READY)
+    before = Found.PAUSED if state is State.SUSPENDED else Found.RUNNING
+    assert daemon.world.guests == ({record.run: before} if lives else {})
     (row,) = daemon.rows()
     assert row.pending == ""
+
+
+# Who does not wait
+
+
+@pytest.fixture
+async def client(daemon: Daemon, tmp_path: Path) -> AsyncIterator[VmandClient]:
+    """A conversation over the socket; a command waits long for the one before it."""
+    daemon.service.book._patience_s = 20
+    server = ControlServer(Api(daemon.service, config=Config(), host_cores=4).handle, roles=Roles())
+    await server.listen(bind_unix(tmp_path / "s"))
+    async with await VmandClient.connect(tmp_path / "s") as one:
+        yield one
+    await server.close()
+
+
+async def test_who_does_not_wait_is_refused_at_once_where_a_command_is_under_way(
+    daemon: Daemon, client: VmandClient
+) -> None:
+    one = await daemon.make(State.DEPLOYED)
+    daemon.backend.obeys_after = 10**9
+    await client.reboot(one, graceful=True, timeout_s=60, wait=False)
+    assert daemon.service.status(one).command == model.REBOOT
+    for ask in (partial(client.shutdown, leave=True), client.reboot):
+        with pytest.raises(BadStateError, match="is BUSY: reboot is under way") as refused:
+            await ask(one, wait=False)
+        assert refused.value.retryable
+    await client.shutdown(one, force=True, wait=False)  # it waits for nobody's guest
+    await daemon.until(lambda: daemon.service.status(one).state is State.READY)
+    with pytest.raises(BadStateError, match="READY"):
+        await client.shutdown(one, wait=False)
+
+
+@pytest.mark.parametrize("command", [model.SHUTDOWN, model.REBOOT])
+async def test_who_does_not_wait_hears_that_it_has_begun_when_it_has(
+    daemon: Daemon, client: VmandClient, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmand.api._REFUSAL_S", 0.001)
+    one = await daemon.make(State.DEPLOYED)
+    daemon.backend.obeys_after = 10**9
+    ask = client.shutdown if command == model.SHUTDOWN else partial(client.reboot, graceful=True)
+    async with daemon.service.book.lock(one):  # as a look at the guest does
+        asked = asyncio.create_task(ask(one, timeout_s=60, wait=False))
+        assert not (await asyncio.wait({asked}, timeout=0.1))[0]
+    await asked
+    assert daemon.service.status(one).command == command
+    await daemon.service.shutdown(one, force=True)
 
 
 # Changes
@@ -278,16 +327,54 @@ async def test_memory_comes_back_after_a_new_start_of_the_host(daemon: Daemon, s
     await daemon.service.deploy(one, IMAGES)
 
 
+async def test_memory_that_is_still_to_be_taken_anew_is_nobody_elses(daemon: Daemon) -> None:
+    first, second = [await daemon.make(State.READY) for _ in range(2)]
+    kept = {row.uuid: row.memory_bytes for row in daemon.rows()}
+    await daemon.stop()
+    daemon.world.memory.clear()
+    daemon.world.free = 160 * MIB
+    await daemon.start()
+    service = daemon.service
+    async with service.book.lock(second):  # between the one and the other
+        assert service.capacity.memory_free() == 32 * MIB
+        await daemon.until(lambda: service.record(first).uuid in daemon.world.memory)
+        assert service.capacity.memory_free() == 32 * MIB
+        assert service.capacity.memory_free(besides=service.record(second)) == 96 * MIB
+        with pytest.raises(NoCapacityError, match="memory"):
+            await service.create(cores=1, memory_bytes=64 * MIB, mode=Mode.SHARED)
+    await daemon.until(lambda: daemon.world.memory == kept)
+    assert service.capacity.memory_free() == 32 * MIB
+    third = await service.create(cores=1, memory_bytes=32 * MIB, mode=Mode.SHARED)
+    await service.destroy(third.id)
+
+
+async def test_memory_that_can_not_be_taken_anew_is_not_waited_for(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = [await daemon.make(State.READY) for _ in range(2)]
+    await daemon.stop()
+    daemon.world.memory.clear()
+    daemon.world.free = 1024 * MIB
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.unit.vmand_fake.FakeBackend.reserve", _none_is_left)
+        await daemon.start()
+        assert daemon.service.capacity.memory_free() == 896 * MIB
+        await daemon.service.destroy(other)
+        await daemon.until(lambda: "deploy tries again" in daemon.service.status(one).reason)
+    assert daemon.service.capacity.memory_free() == 1024 * MIB
+
+
+async def _none_is_left(_self: object, _record: Record) -> None:
+    raise NoCapacityError("memory: 64 MiB are wanted and 1 MiB are left")
+
+
 async def test_memory_that_is_not_there_any_more_is_a_reason(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     one = await daemon.make(State.FAILED)
     failed = daemon.service.status(one).reason
     daemon.world.memory.clear()
 
-    async def reserve(_self: object, _record: Record) -> None:
-        raise NoCapacityError("memory: 64 MiB are wanted and 1 MiB are left")
-
     with monkeypatch.context() as patch:
-        patch.setattr("tests.unit.vmand_fake.FakeBackend.reserve", reserve)
+        patch.setattr("tests.unit.vmand_fake.FakeBackend.reserve", _none_is_left)
         for _start in range(2):  # it is said once
             await daemon.again()
             await daemon.until(lambda: "memory" in daemon.service.status(one).reason)

@@ -129,3 +129,24 @@ async def test_viewers_are_bounded(talk: tuple[Console, Guest]) -> None:
         console.attach()
     for one in viewers:
         one.close()
+
+
+async def test_viewers_that_left_hold_no_place_while_the_guest_takes_no_input(
+    talk: tuple[Console, Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console, _guest = talk
+    monkeypatch.setattr(console, "_type", lambda _data: False)
+    viewers = [console.attach() for _ in range(module.VIEWERS)]
+    for one in viewers:
+        one.sendall(b"y")
+    async with asyncio.timeout(20):
+        while any(viewer._again is None for viewer in console._viewers):  # noqa: ASYNC110 - no event for it
+            await asyncio.sleep(0)
+    stays = viewers.pop()
+    for one in viewers:
+        one.close()
+    with contextlib.closing(stays), contextlib.ExitStack() as stack:
+        for _ in viewers:
+            stack.enter_context(contextlib.closing(console.attach()))
+        with pytest.raises(NoCapacityError, match="one of them must leave"):
+            console.attach()

@@ -7,6 +7,7 @@ import asyncio
 import codecs
 import contextlib
 import logging
+import select
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,12 @@ class Viewer:
         if len(self._unread) > _UNREAD_BYTES:
             log.warning("cutting off a viewer of a console that does not read")
             self.close()
+
+    def has_left(self) -> bool:
+        """Whether it has hung up. What it typed last may still wait for the guest: until then its end is not read."""
+        poll = select.poll()
+        poll.register(self._stream, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Hang up. Idempotent."""
@@ -153,6 +160,9 @@ class Console:
         Raises:
             NoCapacityError: as many as may be are attached, or this process has no descriptor left.
         """
+        if len(self._viewers) >= VIEWERS:
+            for one in [viewer for viewer in self._viewers if viewer.has_left()]:
+                one.close()
         if len(self._viewers) >= VIEWERS:
             raise NoCapacityError(f"{VIEWERS} are attached to the console of {self._who}; one of them must leave first")
         try:

@@ -346,7 +346,8 @@ class VmandClient:
     async def annotate(self, partition: Which, annotations: Mapping[str, str | None]) -> None:
         """Keep texts with a partition, in any state, by key; None removes one. vmand does not read them.
 
-        They live as long as the partition. At most 8 keys of 1 to 64 characters ``a-z 0-9 . _ -``, 48 KiB in all.
+        They live as long as the partition. At most 8 keys of 1 to 64 characters ``a-z 0-9 . _ -``, 96 KiB in all; more
+        than fits into one request (64 KiB) comes with several.
         """
         await self._control.call("annotate", {"id": partition, "annotations": dict(annotations)})
 
@@ -401,6 +402,10 @@ class VmandClient:
 
         ``graceful``: the power button first, until the guest is off or ``timeout_s`` is over. ``wait`` False: return
         when it has begun; what becomes of it comes as events.
+
+        Raises:
+            BadStateError: the state does not allow it, or another command is under way and takes longer than 5 s;
+                without ``wait`` also where it takes less. ``retryable`` tells the one from the other.
         """
         args: dict[str, Any] = {"id": partition}
         if graceful:
@@ -423,6 +428,10 @@ class VmandClient:
         ``force`` ends it at once, also where another shutdown is still waiting for the guest. ``leave`` never ends it
         by force: a guest that is not off in time goes on as it was, and that is a `TimedOutError`. ``wait`` False:
         return when it has begun; what becomes of it comes as events.
+
+        Raises:
+            BadStateError: as of `reboot`; ``force`` waits 5 s for another command, with or without ``wait``.
+            TimedOutError: with ``leave``.
         """
         args: dict[str, Any] = {"id": partition}
         if force:

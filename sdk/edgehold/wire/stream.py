@@ -152,14 +152,14 @@ class LineStream:
 
     async def drain(self) -> None:
         """Wait while the peer has much to read; at once where it is gone."""
-        if self._unsent_bytes <= _HIGH_BYTES or self._deaf:
-            return
-        room: asyncio.Future[None] = self._loop.create_future()
-        self._drained.append(room)
-        try:
-            await room
-        finally:
-            self._drained.remove(room)
+        # Again and again: one of those that waited may have sent much before the next comes to it.
+        while self._unsent_bytes > _HIGH_BYTES and not self._deaf:
+            room: asyncio.Future[None] = self._loop.create_future()
+            self._drained.append(room)
+            try:
+                await room
+            finally:
+                self._drained.remove(room)
 
     def close(self) -> None:
         """End the conversation now: what is unsent is dropped, descriptors that nobody took are closed."""
