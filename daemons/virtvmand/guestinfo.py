@@ -13,6 +13,7 @@ from edgehold.kernel.procfs import PROC, GoneError, is_gone
 _NS_PER_TICK = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 # The kernel writes these files in one piece, and shorter than that: one read has the whole.
 _ENOUGH = 16384
+_KEPT = 64
 # Places in a stat file after the name, in which the manual page's 3rd field (state) is the first.
 _STATE, _UTIME, _STIME, _PROCESSOR = 0, 11, 12, 36
 
@@ -31,14 +32,52 @@ class VcpuUse:
     """One letter: R runs or wants to, S and D sleep, T is stopped."""
 
 
-def cpu_time_ns(pid: int, *, proc: Path = PROC) -> int:
-    """What a process ran since its start, all its threads together, in ns (whole ticks of the clock, mostly 10 ms).
+class CpuTimes:
+    """What processes ran since their start. Each one's file is kept open: opening it costs twice as much as reading.
 
-    Raises:
-        GoneError: no such process.
+    A descriptor stays with its process, so an id that is used again is never mistaken.
     """
-    fields = _stat(f"{proc}/{pid}/stat", f"process {pid}")
-    return (int(fields[_UTIME]) + int(fields[_STIME])) * _NS_PER_TICK
+
+    def __init__(self, *, proc: Path = PROC) -> None:
+        self._proc = proc
+        self._fds: dict[int, int] = {}
+
+    def of(self, pid: int) -> int:
+        """CPU time of a process, all its threads together, in ns (whole ticks of the clock, mostly 10 ms).
+
+        Raises:
+            GoneError: no such process.
+        """
+        fd = self._fds.get(pid)
+        try:
+            # Of one that is kept and has ended, the id may be another's by now.
+            fields = _fields(self._open(pid) if fd is None else fd, f"process {pid}")
+        except GoneError:
+            self._drop(pid)
+            if fd is None:
+                raise
+            return self.of(pid)
+        return (int(fields[_UTIME]) + int(fields[_STIME])) * _NS_PER_TICK
+
+    def close(self) -> None:
+        """Let go of all."""
+        for pid in list(self._fds):
+            self._drop(pid)
+
+    def _open(self, pid: int) -> int:
+        while len(self._fds) >= _KEPT:
+            self._drop(next(iter(self._fds)))
+        try:
+            fd = self._fds[pid] = os.open(f"{self._proc}/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if is_gone(error):
+                raise GoneError(f"process {pid} does not exist (any more)") from None
+            raise
+        return fd
+
+    def _drop(self, pid: int) -> None:
+        if (fd := self._fds.pop(pid, None)) is not None:
+            os.close(fd)
 
 
 def memory_use(pid: int, *, proc: Path = PROC) -> int:
@@ -83,9 +122,22 @@ def vcpu_use(tid: int, *, proc: Path = PROC) -> VcpuUse:
     )
 
 
+def _fields(fd: int, what: str) -> list[bytes]:
+    try:
+        return _split(os.pread(fd, _ENOUGH, 0), what)
+    except OSError as error:
+        if is_gone(error):
+            raise GoneError(f"{what} does not exist (any more)") from None
+        raise
+
+
 def _stat(path: str, what: str) -> list[bytes]:
+    return _split(_read(path, what), what)
+
+
+def _split(data: bytes, what: str) -> list[bytes]:
     """The fields after the name, which may hold anything and stands before the last parenthesis."""
-    fields = _read(path, what).rpartition(b")")[2].split()
+    fields = data.rpartition(b")")[2].split()
     if len(fields) <= _PROCESSOR:
         raise GoneError(f"{what} does not exist (any more)")
     return fields

@@ -1,5 +1,6 @@
 """What a guest's process uses, by files that every user may read; against real processes and hostile names."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -19,6 +20,11 @@ TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 NOBODY = 65534
 FIELDS = "S 1 100 100 0 -1 4194560 100 0 0 0 7 5 30 20 20 0 4 0 5000 1000 20 18446744073709551615 1 1 0 0 0 0 0 0 0 0 0 0 17 3 0 0 0"  # noqa: E501
 BIG_MIB = 64
+
+
+def cpu_time_ns(pid: int, *, proc: Path = Path("/proc")) -> int:
+    with contextlib.closing(guestinfo.CpuTimes(proc=proc)) as times:
+        return times.of(pid)
 
 
 def process(proc: Path, pid: int, *, name: str = "qemu-system-x86", fields: str = FIELDS, status: str = "") -> None:
@@ -57,12 +63,12 @@ def gone_pid() -> int:
 
 
 def test_own_time_grows() -> None:
-    before = guestinfo.cpu_time_ns(os.getpid())
+    before = cpu_time_ns(os.getpid())
     deadline = time.monotonic() + 20
-    while guestinfo.cpu_time_ns(os.getpid()) <= before + 2 * TICK_NS:
+    while cpu_time_ns(os.getpid()) <= before + 2 * TICK_NS:
         assert time.monotonic() < deadline
     times = os.times()
-    assert guestinfo.cpu_time_ns(os.getpid()) / 1e9 == pytest.approx(times.user + times.system, abs=0.5)
+    assert cpu_time_ns(os.getpid()) / 1e9 == pytest.approx(times.user + times.system, abs=0.5)
 
 
 def test_threads_are_counted_in_their_process_and_told_apart() -> None:
@@ -82,7 +88,7 @@ def test_threads_are_counted_in_their_process_and_told_apart() -> None:
         deadline = time.monotonic() + 20
         while (use := guestinfo.vcpu_use(tids[0])).state != "S":
             assert time.monotonic() < deadline
-        assert use.cpu_time_ns < guestinfo.cpu_time_ns(os.getpid())
+        assert use.cpu_time_ns < cpu_time_ns(os.getpid())
         assert use.affinity == os.sched_getaffinity(tids[0])
         assert use.cpu in use.affinity
     finally:
@@ -118,7 +124,7 @@ def test_another_user_s_process_can_be_read(sleeper: subprocess.Popen[bytes]) ->
     assert f"\nUid:\t{NOBODY}\t" in Path(f"/proc/{sleeper.pid}/status").read_text()
     os.seteuid(NOBODY - 1)  # a third user, who is neither root nor the process' own
     try:
-        assert guestinfo.cpu_time_ns(sleeper.pid) >= 0
+        assert cpu_time_ns(sleeper.pid) >= 0
         assert guestinfo.memory_use(sleeper.pid) > BIG_MIB << 10
         assert guestinfo.vcpu_use(sleeper.pid).affinity
     finally:
@@ -128,7 +134,7 @@ def test_another_user_s_process_can_be_read(sleeper: subprocess.Popen[bytes]) ->
 def test_what_is_gone() -> None:
     pid = gone_pid()
     with pytest.raises(GoneError, match=f"process {pid} "):
-        guestinfo.cpu_time_ns(pid)
+        cpu_time_ns(pid)
     with pytest.raises(GoneError, match=f"process {pid} "):
         guestinfo.memory_use(pid)
     with pytest.raises(GoneError, match=f"thread {pid} "):
@@ -141,7 +147,7 @@ def test_what_ended_and_was_not_waited_for() -> None:
         deadline = time.monotonic() + 20
         while not procfs.stat(child.pid).ended:
             assert time.monotonic() < deadline
-        assert guestinfo.cpu_time_ns(child.pid) >= 0
+        assert cpu_time_ns(child.pid) >= 0
         with pytest.raises(GoneError, match="has no memory"):
             guestinfo.memory_use(child.pid)
     finally:
@@ -160,14 +166,14 @@ def test_a_thread_that_ends_between_two_looks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["qemu", "a) R 1 2 (b", "x\ny", ") ) )", ""])
 def test_the_name_is_the_process_own_choice(tmp_path: Path, name: str) -> None:
     process(tmp_path, 7, name=name)
-    assert guestinfo.cpu_time_ns(7, proc=tmp_path) == 12 * TICK_NS
+    assert cpu_time_ns(7, proc=tmp_path) == 12 * TICK_NS
 
 
 @pytest.mark.parametrize("fields", ["", "S 1 2", "Z" + " 0" * 30])
 def test_a_stat_that_is_cut_off(tmp_path: Path, fields: str) -> None:
     process(tmp_path, 7, fields=fields)
     with pytest.raises(GoneError):
-        guestinfo.cpu_time_ns(7, proc=tmp_path)
+        cpu_time_ns(7, proc=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +193,19 @@ def test_a_look_leaves_no_descriptor_open() -> None:
     descriptors = Path("/proc/self/fd")
     before = len(list(descriptors.iterdir()))
     for _ in range(10):
-        guestinfo.cpu_time_ns(os.getpid())
+        cpu_time_ns(os.getpid())
         with pytest.raises(GoneError):
             guestinfo.memory_use(pid)
     assert len(list(descriptors.iterdir())) == before
+
+
+def test_a_descriptor_stays_with_its_process() -> None:
+    with contextlib.closing(guestinfo.CpuTimes()) as times:
+        for _ in range(100):  # more than are kept, and each ends
+            with subprocess.Popen(["sleep", "60"]) as child:
+                assert times.of(child.pid) >= 0
+                assert times.of(child.pid) >= 0
+                child.kill()
+            with pytest.raises(GoneError):
+                times.of(child.pid)
+        assert times.of(os.getpid()) > 0

@@ -10,6 +10,7 @@ from edgehold.errors import EdgeholdError
 from virtvmand.config import Config
 from virtvmand.domain import Domain
 from virtvmand.errors import LibvirtError
+from virtvmand.guestinfo import CpuTimes
 from virtvmand.mirror import Mirror
 from virtvmand.xdr import Domain as Named
 
@@ -30,6 +31,7 @@ class Context:
     def __init__(self, *, mirror: Mirror, config: Config, on_fault: Callable[[], None]) -> None:
         self.mirror = mirror
         self.config = config
+        self.times = CpuTimes()
         self._on_fault = on_fault
         self._turns: dict[bytes, _Turn] = {}
         self._work: set[asyncio.Task[Any]] = set()
@@ -71,6 +73,7 @@ class Context:
         for task in self._work:
             task.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
+        self.times.close()
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._work.discard(task)

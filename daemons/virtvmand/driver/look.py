@@ -1,12 +1,12 @@
 """What a domain is and does."""
 
 from edgehold.kernel.procfs import GoneError
-from virtvmand import guestinfo
 from virtvmand.call import Client
 from virtvmand.domain import LIVE as LIVE_XML
 from virtvmand.domain import Domain
 from virtvmand.driver.context import Context
 from virtvmand.errors import Code, LibvirtError
+from virtvmand.guestinfo import CpuTimes
 from virtvmand.xdr import Domain as Named
 from virtvmand.xdr import Layout, layout
 
@@ -25,13 +25,13 @@ def kib(domain: Domain) -> int:
     return domain.partition.memory_bytes // 1024
 
 
-def cpu_time_ns(domain: Domain) -> int:
+def cpu_time_ns(domain: Domain, times: CpuTimes) -> int:
     """CPU time of the guest's process since its start; 0 where none runs, as libvirt has it."""
     pid = domain.partition.pid
     if not domain.active or pid is None:
         return 0
     try:
-        return guestinfo.cpu_time_ns(pid)
+        return times.of(pid)
     except GoneError:
         return 0
 
@@ -52,6 +52,7 @@ class Look:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._find = context.find
+        self._times = context.times
 
     def domain_get_state(self, _client: Client, dom: Named, _flags: int) -> bytes:
         return _STATE.encode(self._find(dom).state)
@@ -59,7 +60,7 @@ class Look:
     def domain_get_info(self, _client: Client, dom: Named) -> bytes:
         one = self._find(dom)
         memory = kib(one)
-        return _INFO.encode((one.state[0], memory, memory, one.partition.cores, cpu_time_ns(one)))
+        return _INFO.encode((one.state[0], memory, memory, one.partition.cores, cpu_time_ns(one, self._times)))
 
     def domain_get_xml_desc(self, client: Client, dom: Named, flags: int) -> tuple[str]:
         if flags & SECURE and client.read_only:

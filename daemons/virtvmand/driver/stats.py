@@ -42,6 +42,7 @@ class Stats:
         """By partition: its process, and the threads of its vCPUs, which stay the same as long as the process."""
         self._asking: dict[int, asyncio.Task[list[Vcpu]]] = {}
         self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._makers = {STATE: _state, CPU: self._cpu, BALLOON: _balloon, VCPU: _vcpu}
 
     async def domain_get_vcpus(
         self, _client: Client, dom: Named, most: int, map_length: int
@@ -86,7 +87,7 @@ class Stats:
             raise LibvirtError(Code.OPERATION_UNSUPPORTED, "the kernel counts a guest's time as a whole: start -1")
         if cpus != 1:
             raise LibvirtError(Code.INVALID_ARG, f"ncpus: {cpus}; the time as a whole is one set of figures")
-        stats = [Param("cpu_time", ULLONG, cpu_time_ns(one))]
+        stats = [Param("cpu_time", ULLONG, cpu_time_ns(one, self._context.times))]
         return (stats[:count], len(stats)) if count else ([], len(stats))
 
     async def connect_get_all_domain_stats(
@@ -106,11 +107,15 @@ class Stats:
         for one in wished:
             usage = usages.get(one.uuid)
             vcpus = await self._known_vcpus(one) if kinds & VCPU and one.active else []
-            params = [each for kind, make in _MAKERS.items() if kinds & kind for each in make(one)]
+            params = [each for kind, make in self._makers.items() if kinds & kind for each in make(one)]
             params += [each for vcpu in vcpus for each in _vcpu_figures(vcpu)]
             params += [each for kind, make in _OF_DEVICES.items() if kinds & kind for each in make(one, usage)]
             records.append((encoded_domain(one.name, one.uuid, one.id), params))
         return (records,)
+
+    def _cpu(self, one: Domain) -> Iterable[Param]:
+        if one.active:
+            yield Param("cpu.time", ULLONG, cpu_time_ns(one, self._context.times))
 
     async def _known_vcpus(self, one: Domain) -> list[Vcpu]:
         """The vCPUs' threads, none where the guest ended meanwhile: the others' figures are not lost for it."""
@@ -159,11 +164,6 @@ def _state(one: Domain) -> Iterable[Param]:
     yield Param("state.reason", INT, one.state[1])
 
 
-def _cpu(one: Domain) -> Iterable[Param]:
-    if one.active:
-        yield Param("cpu.time", ULLONG, cpu_time_ns(one))
-
-
 def _balloon(one: Domain) -> Iterable[Param]:
     yield Param("balloon.current", ULLONG, kib(one))
     yield Param("balloon.maximum", ULLONG, kib(one))
@@ -176,7 +176,6 @@ def _vcpu(one: Domain) -> Iterable[Param]:
     yield Param("vcpu.maximum", UINT, one.partition.cores)
 
 
-_MAKERS = {STATE: _state, CPU: _cpu, BALLOON: _balloon, VCPU: _vcpu}
 _OF_DEVICES = {INTERFACE: interfaces, BLOCK: blocks}
 
 
