@@ -247,14 +247,14 @@ class Connection(asyncio.Protocol):
             self._bug(packet, error)
 
     def _answer(self, packet: Packet, procedure: Procedure, values: Values) -> None:
-        self._outcomes[procedure.number, "done"] += 1
         if isinstance(values, Streamed):
             stream = self._stream(packet, values)
-            self._send(packet._replace(kind=wire.REPLY, status=wire.OK, payload=b""))
+            self._write(wire.reply(packet, wire.OK, b""))
             stream.begin()
-            return
-        payload = values if isinstance(values, bytes) else procedure.returns.encode(values or ())
-        self._send(packet._replace(kind=wire.REPLY, status=wire.OK, payload=payload))
+        else:
+            payload = values if isinstance(values, bytes) else procedure.returns.encode(values or ())
+            self._write(wire.reply(packet, wire.OK, payload))
+        self._outcomes[procedure.number, "done"] += 1
 
     def _stream(self, packet: Packet, opened: Streamed) -> Stream:
         if len(self._streams) >= MAX_STREAMS or packet.serial in self._streams or self._transport.is_closing():
@@ -276,7 +276,7 @@ class Connection(asyncio.Protocol):
             error = LibvirtError(Code.RPC, f"the arguments of procedure {packet.procedure}: {error}")
         if packet.procedure in PROCEDURES:
             self._outcomes[packet.procedure, "failed" if error.code is Code.INTERNAL_ERROR else "refused"] += 1
-        self._send(packet._replace(kind=wire.REPLY, status=wire.ERROR, payload=wire.error_payload(error)))
+        self._write(wire.reply(packet, wire.ERROR, wire.error_payload(error)))
 
     def _bug(self, packet: Packet, error: Exception) -> None:
         fields = {"peer": str(self.peer)}
@@ -284,12 +284,15 @@ class Connection(asyncio.Protocol):
         self._refuse(packet, LibvirtError(Code.INTERNAL_ERROR, "internal error; virtvmand's journal has the details"))
 
     def _send(self, packet: Packet) -> None:
+        self._write(wire.encode(packet))
+
+    def _write(self, data: bytes) -> None:
         if self._transport.is_closing():
             return
         if self._transport.get_write_buffer_size() > UNREAD_MOST_BYTES:
             self._cut_off("it does not read")
             return
-        self._transport.write(wire.encode(packet))
+        self._transport.write(data)
 
     def _keep(self) -> None:
         """A client that said nothing for a while is asked, and cut off when it has been asked in vain too often."""

@@ -5,6 +5,7 @@ are asked for every few seconds.
 """
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +36,16 @@ class VcpuUse:
 class CpuTimes:
     """What processes ran since their start. Each one's file is kept open: opening it costs twice as much as reading.
 
-    A descriptor stays with its process, so an id that is used again is never mistaken.
+    A descriptor stays with its process, so an id that is used again is never mistaken. What was read is good for
+    ``fresh_ns``: the kernel's figures change once a tick.
     """
 
-    def __init__(self, *, proc: Path = PROC) -> None:
+    def __init__(self, *, proc: Path = PROC, fresh_ns: int = _NS_PER_TICK) -> None:
         self._proc = proc
+        self._fresh_ns = fresh_ns
         self._fds: dict[int, int] = {}
+        self._read: dict[int, tuple[int, int]] = {}
+        """By process: until when what was read is good, and what it was."""
 
     def of(self, pid: int) -> int:
         """CPU time of a process, all its threads together, in ns (whole ticks of the clock, mostly 10 ms).
@@ -48,6 +53,10 @@ class CpuTimes:
         Raises:
             GoneError: no such process.
         """
+        now_ns = time.monotonic_ns()
+        until_ns, value = self._read.get(pid, (0, 0))
+        if now_ns < until_ns:
+            return value
         fd = self._fds.get(pid)
         try:
             # Of one that is kept and has ended, the id may be another's by now.
@@ -57,7 +66,9 @@ class CpuTimes:
             if fd is None:
                 raise
             return self.of(pid)
-        return (int(fields[_UTIME]) + int(fields[_STIME])) * _NS_PER_TICK
+        value = (int(fields[_UTIME]) + int(fields[_STIME])) * _NS_PER_TICK
+        self._read[pid] = (now_ns + self._fresh_ns, value)
+        return value
 
     def close(self) -> None:
         """Let go of all."""
@@ -76,6 +87,7 @@ class CpuTimes:
         return fd
 
     def _drop(self, pid: int) -> None:
+        self._read.pop(pid, None)
         if (fd := self._fds.pop(pid, None)) is not None:
             os.close(fd)
 

@@ -21,6 +21,7 @@ MAX_STREAM_BYTES = 256 * 1024 - 4 - 24
 # Level 2 is an error; a domain, a network, three texts and two numbers could follow, which nobody needs.
 _ERROR = layout("code:i32 domain:i32 message:str? level:i32 dom:domain? str1:str? str2:str? str3:str? int1:i32 int2:i32 net:network?")  # fmt: skip  # noqa: E501
 _HEADER = struct.Struct(">IIIiiIi")
+_LENGTH = struct.Struct(">I")
 
 
 class WireError(ValueError):
@@ -71,7 +72,7 @@ class Framer:
         buffer, at = self._buffer, self._at
         if len(buffer) - at < 4:
             return None
-        length = int.from_bytes(buffer[at : at + 4], "big")
+        length = _LENGTH.unpack_from(buffer, at)[0]
         if not HEADER_BYTES <= length <= self.limit:
             raise WireError(f"a packet of {length} bytes; {HEADER_BYTES} to {self.limit} are allowed here")
         if len(buffer) - at < length:
@@ -87,6 +88,12 @@ def encode(packet: Packet) -> bytes:
     program, version, procedure, kind, serial, status, payload = packet
     length = HEADER_BYTES + len(payload)
     return _HEADER.pack(length, program, version, procedure, kind, serial, status) + payload
+
+
+def reply(call: Packet, status: int, payload: bytes) -> bytes:
+    """The answer to a call, as bytes."""
+    length = HEADER_BYTES + len(payload)
+    return _HEADER.pack(length, call.program, call.version, call.procedure, REPLY, call.serial, status) + payload
 
 
 def error_payload(error: LibvirtError) -> bytes:

@@ -200,7 +200,7 @@ def test_a_look_leaves_no_descriptor_open() -> None:
 
 
 def test_a_descriptor_stays_with_its_process() -> None:
-    with contextlib.closing(guestinfo.CpuTimes()) as times:
+    with contextlib.closing(guestinfo.CpuTimes(fresh_ns=0)) as times:
         for _ in range(100):  # more than are kept, and each ends
             with subprocess.Popen(["sleep", "60"]) as child:
                 assert times.of(child.pid) >= 0
@@ -209,3 +209,11 @@ def test_a_descriptor_stays_with_its_process() -> None:
             with pytest.raises(GoneError):
                 times.of(child.pid)
         assert times.of(os.getpid()) > 0
+
+
+def test_what_was_read_is_good_for_a_tick(tmp_path: Path) -> None:
+    process(tmp_path, 7)
+    with contextlib.closing(guestinfo.CpuTimes(proc=tmp_path, fresh_ns=10**15)) as times:
+        assert times.of(7) == 12 * TICK_NS
+        (tmp_path / "7" / "stat").write_text("")
+        assert times.of(7) == 12 * TICK_NS
