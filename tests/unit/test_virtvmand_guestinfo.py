@@ -13,7 +13,7 @@ import pytest
 
 from edgehold.kernel import procfs
 from edgehold.kernel.procfs import GoneError
-from edgehold.testing.capability import need_root
+from edgehold.testing.capability import need_open_root, need_root
 from virtvmand import guestinfo
 
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
@@ -121,6 +121,7 @@ def resident(pid: int) -> int:
 @pytest.mark.root
 def test_another_user_s_process_can_be_read(sleeper: subprocess.Popen[bytes]) -> None:
     need_root()
+    need_open_root()
     assert f"\nUid:\t{NOBODY}\t" in Path(f"/proc/{sleeper.pid}/status").read_text()
     os.seteuid(NOBODY - 1)  # a third user, who is neither root nor the process' own
     try:
