@@ -204,12 +204,16 @@ def as_user(group: str) -> Iterator[None]:
 async def connected_as(path: Path, group: str, *, flags: int | None = 0) -> RawClient:
     """A client that belongs to another user."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with as_user(group):
-        sock.connect(str(path))
-    sock.setblocking(False)
-    one = RawClient(sock)
-    if flags is not None:
-        await one.call("connect_open", "vman:///system", flags)
+    try:
+        with as_user(group):
+            sock.connect(str(path))
+        sock.setblocking(False)
+        one = RawClient(sock)
+        if flags is not None:
+            await one.call("connect_open", "vman:///system", flags)
+    except BaseException:  # a skip too
+        sock.close()
+        raise
     return one
 
 

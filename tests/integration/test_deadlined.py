@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -490,6 +491,9 @@ async def test_the_watchdog_revives_who_the_kernel_left_throttled(
             await asyncio.sleep(0.35)
             return sampler.sample()[pid].executed_ns == begin
 
+        async def goes_on_or_is_found(before_ns: int) -> bool:
+            return "left throttled" in daemon.log_text() or sampler.sample()[pid].executed_ns != before_ns
+
         # What the daemon never does: out of the reservation and in again after a little more than a period. Some of
         # the times the kernel then never replenishes the budget; the daemon's cap keeps the budget where it is.
         for attempt in range(40):
@@ -498,16 +502,13 @@ async def test_the_watchdog_revives_who_the_kernel_left_throttled(
             await asyncio.sleep(0.11 + 0.01 * (attempt % 8))
             sched.set_attr(pid, reservation)
             if await stands_still() and await stands_still():
-                break
+                # On a busy machine it may only be late: what overran much waits long, and goes on by itself.
+                before = sampler.sample()[pid].executed_ns
+                await until(partial(goes_on_or_is_found, before), timeout_s=60, what="it goes on, or is found")
             if "left throttled" in daemon.log_text():
                 break
         else:
             pytest.skip("this kernel did not leave it throttled in 40 attempts")
-
-        async def revived() -> bool:
-            return "left throttled" in daemon.log_text()
-
-        await until(revived, what="the watchdog found it")
 
         async def held() -> bool:
             return (await client.attachment(one.id)).attachment.threads[0].state is ThreadState.HELD
