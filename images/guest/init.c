@@ -52,6 +52,7 @@ struct shell {
 	const char *tty;
 	pid_t pid;
 	time_t started;
+	int refused;
 };
 
 static int console = -1;
@@ -255,6 +256,11 @@ static pid_t spawn(const char *tty, char *const argv[])
 	_exit(127);
 }
 
+/* A port of virtio's console is announced before its terminal can be opened, and nothing tells when it can. */
+#define RETRY_S 10
+#define RETRY_MS 200
+static time_t retry_until;
+
 static void start_shell(struct shell *shell)
 {
 	/* The applets' links are made here and not at build time: no shell, no cost. */
@@ -264,8 +270,11 @@ static void start_shell(struct shell *shell)
 	if (!shell->tty || shell->pid > 0)
 		return;
 	fd = open(shell->tty, O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
-	if (fd < 0)
+	if (fd < 0) {
+		shell->refused = errno != ENOENT;
 		return; /* no such terminal (yet): a uevent tells when it appears */
+	}
+	shell->refused = 0;
 	close(fd);
 	shell->started = uptime_s();
 	shell->pid = spawn(shell->tty, argv);
@@ -362,12 +371,19 @@ static void start_shells(void)
 		start_shell(&shells[i]);
 }
 
+/* How long to wait for something to happen, in ms: for ever, unless a terminal may be there soon. */
+static int patience_ms(void)
+{
+	return shells[0].refused && uptime_s() < retry_until ? RETRY_MS : -1;
+}
+
 static void on_uevent(int fd)
 {
 	char buffer[4096];
 
 	while (recv(fd, buffer, sizeof(buffer), 0) >= 0)
 		;
+	retry_until = uptime_s() + RETRY_S;
 	start_shells();
 }
 
@@ -434,13 +450,18 @@ int main(void)
 	panic_timer = open_panic_timer();
 	start_job();
 	start_hog();
+	retry_until = uptime_s() + RETRY_S;
 	start_shells();
 
 	fds[buttons] = (struct pollfd){.fd = signals, .events = POLLIN};
 	fds[buttons + 1] = (struct pollfd){.fd = uevents, .events = POLLIN};
 	fds[buttons + 2] = (struct pollfd){.fd = panic_timer, .events = POLLIN};
 	for (;;) {
-		if (poll(fds, (nfds_t)buttons + 3, -1) < 0)
+		int ready = poll(fds, (nfds_t)buttons + 3, patience_ms());
+
+		if (ready == 0)
+			start_shells();
+		if (ready <= 0)
 			continue;
 		for (int i = 0; i < buttons; i++)
 			if (fds[i].revents && power_pressed(&fds[i]))
