@@ -7,7 +7,6 @@ from virtvmand import slim
 import contextlib
 import functools
 import logging
-import resource
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from edgehold import directories, settings
 from edgehold.errors import EX_SOFTWARE, SettingsError, UnavailableError
-from edgehold.service import Runtime, daemon_arguments, run
+from edgehold.service import Runtime, daemon_arguments, run, take_descriptors
 from edgehold.systemd import activation, journal
 from edgehold.wire import later
 from edgehold.wire.control import bind_unix
@@ -51,15 +50,8 @@ def main() -> None:
         print("virtvmand: the settings are right")  # noqa: T201 - what --check-config is for
         return
     journal.setup("virtvmand", config.log_level)
-    _take_descriptors()
+    take_descriptors()
     sys.exit(run("virtvmand", lambda runtime: _alive(runtime, config, roles)))
-
-
-def _take_descriptors() -> None:
-    """As many as this process may have: each client takes one, each console another."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextlib.asynccontextmanager

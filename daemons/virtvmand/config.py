@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from edgehold.api.vmand import DEFAULT_SOCKET, Mode
 from edgehold.errors import SettingsError
+from edgehold.settings import check_absolute
 from edgehold.wire.peer import Access
 
 # unix(7): sun_path is 108 bytes with its NUL.
@@ -55,8 +56,7 @@ class Config:
         """
         for key in ("socket_dir", "runtime_dir", "vmand_socket"):
             value = getattr(self, key)
-            if not Path(value).is_absolute() or ".." in Path(value).parts:
-                raise SettingsError(f"{key}: {value!r} is not an absolute path without '..'")
+            check_absolute(key, value)
             longest = value.rstrip("/") + ("" if key == "vmand_socket" else _LONGEST_SOCKET)
             if len(longest.encode()) > _SUN_PATH:
                 raise SettingsError(f"{key}: {value!r} is too long: a unix socket's path has at most {_SUN_PATH} bytes")

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgehold.kernel.procfs import PROC, GoneError, is_gone
+from edgehold.kernel.procfs import PROC, GoneError, is_gone, read
 
 _NS_PER_TICK = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 # The kernel writes these files in one piece, and shorter than that: one read has the whole.
@@ -101,7 +101,7 @@ def memory_use(pid: int, *, proc: Path = PROC) -> int:
         GoneError: no such process, or it ended and was not waited for.
     """
     resident = None
-    for line in _read(f"{proc}/{pid}/status", f"process {pid}").splitlines():
+    for line in read(f"{proc}/{pid}/status", f"process {pid}").splitlines():
         name, _colon, rest = line.partition(b":")
         if name == b"VmRSS":
             resident = int(rest.split()[0])
@@ -144,7 +144,7 @@ def _fields(fd: int, what: str) -> list[bytes]:
 
 
 def _stat(path: str, what: str) -> list[bytes]:
-    return _split(_read(path, what), what)
+    return _split(read(path, what), what)
 
 
 def _split(data: bytes, what: str) -> list[bytes]:
@@ -153,16 +153,3 @@ def _split(data: bytes, what: str) -> list[bytes]:
     if len(fields) <= _PROCESSOR:
         raise GoneError(f"{what} does not exist (any more)")
     return fields
-
-
-def _read(path: str, what: str) -> bytes:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return os.read(fd, _ENOUGH)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        if is_gone(error):
-            raise GoneError(f"{what} does not exist (any more)") from None
-        raise

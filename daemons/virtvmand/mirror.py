@@ -120,9 +120,7 @@ class Mirror:
         await self._there().refresh(partition)
         self._there()
         domain = self._domains.get(partition)
-        if domain is None:
-            raise _no_domain(f"the partition {partition} is gone")
-        return domain
+        return domain or _no_domain(f"the partition {partition} is gone")
 
     def all(self) -> list[Domain]:
         """All domains, by partition id.
@@ -140,10 +138,7 @@ class Mirror:
             LibvirtError: SYSTEM_ERROR: vmand is away. NO_DOMAIN: there is none.
         """
         self._there()
-        domain = self._by_uuid.get(uuid)
-        if domain is None:
-            raise _no_domain(f"none has the uuid {UUID(bytes=uuid)}")
-        return domain
+        return self._by_uuid.get(uuid) or _no_domain(f"none has the uuid {UUID(bytes=uuid)}")
 
     def by_name(self, name: str) -> Domain:
         """The domain with this name.
@@ -152,10 +147,7 @@ class Mirror:
             LibvirtError: SYSTEM_ERROR: vmand is away. NO_DOMAIN: there is none.
         """
         self._there()
-        domain = self._by_name.get(name)
-        if domain is None:
-            raise _no_domain(f"none has the name {name[:100]!r}")
-        return domain
+        return self._by_name.get(name) or _no_domain(f"none has the name {name[:100]!r}")
 
     def by_id(self, domain_id: int) -> Domain:
         """The active domain with this id.
@@ -166,7 +158,7 @@ class Mirror:
         self._there()
         domain = self._domains.get(domain_id)
         if domain is None or not domain.active:
-            raise _no_domain(f"no active one has the id {domain_id}")
+            _no_domain(f"no active one has the id {domain_id}")
         return domain
 
     def intend_destroy(self, uuid: bytes) -> None:
@@ -269,5 +261,5 @@ class Mirror:
                 self._tell(happening)
 
 
-def _no_domain(why: str) -> LibvirtError:
-    return LibvirtError(Code.NO_DOMAIN, f"Domain not found: {why}")
+def _no_domain(why: str) -> NoReturn:
+    raise LibvirtError(Code.NO_DOMAIN, f"Domain not found: {why}")

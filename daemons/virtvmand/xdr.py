@@ -88,7 +88,6 @@ class Layout:
         if None in fields:
             raise ValueError(f"a layout is NAME:TYPE ...: {text!r}")
         self.text = text
-        self.names = tuple(one["name"] for one in fields if one)
         self._codecs = tuple(codec(one["type"]) for one in fields if one)
         self.least = sum(one.least for one in self._codecs)
 

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import logging
 import os
-import resource
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from edgehold import directories, settings
 from edgehold.errors import SettingsError
-from edgehold.service import Runtime, daemon_arguments, run
+from edgehold.service import Runtime, daemon_arguments, run, take_descriptors
 from edgehold.systemd import activation, journal
 from edgehold.wire import later
 from edgehold.wire.control import ControlServer, bind_unix
@@ -49,15 +48,8 @@ def main() -> None:
         print("vmand: the settings are right")  # noqa: T201 - what --check-config is for
         return
     journal.setup("vmand", config.log_level)
-    _take_descriptors()
+    take_descriptors()
     sys.exit(run("vmand", lambda runtime: _alive(runtime, config, roles, kind=kind, topology=topology, pool=pool)))
-
-
-def _take_descriptors() -> None:
-    """As many as this process may have: a guest takes five, a conversation may take more."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextlib.asynccontextmanager

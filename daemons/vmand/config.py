@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from edgehold.errors import SettingsError
+from edgehold.settings import check_absolute
 from edgehold.wire.peer import Access
 
 # unix(7): sun_path is 108 bytes with its NUL. The longest path that we make below runtime_dir:
@@ -101,9 +102,7 @@ class Config:
             SettingsError: names the key and the cure.
         """
         for key in ("runtime_dir", "state_dir", "memory_dir"):
-            value = getattr(self, key)
-            if not Path(value).is_absolute() or ".." in Path(value).parts:
-                raise SettingsError(f"{key}: {value!r} is not an absolute path without '..'")
+            check_absolute(key, getattr(self, key))
         if len({self.runtime_dir, self.state_dir, self.memory_dir}) < 3:
             raise SettingsError("runtime_dir, state_dir and memory_dir: three different directories are needed")
         longest = len((self.runtime_dir.rstrip("/") + _LONGEST_SOCKET).encode())

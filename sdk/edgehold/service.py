@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -163,6 +164,13 @@ def daemon_arguments(name: str, description: str) -> argparse.Namespace:
     parser.add_argument("--check-config", action="store_true", help="read and check the settings, say so, and exit")
     parser.add_argument("--version", action="version", version=f"{name} (edgehold) {__version__}")
     return parser.parse_args()
+
+
+def take_descriptors() -> None:
+    """As many as this process may have: each guest, client and console takes some (getrlimit(2))."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def run(name: str, lifespan: Lifespan, *, drain_s: float = 10.0) -> int:

@@ -61,6 +61,16 @@ def load(kind: type[T], name: str, *, path: Path | None = None) -> T:
         raise SettingsError(f"{where or name}: {key or 'settings'}: {what}") from None
 
 
+def check_absolute(key: str, value: str) -> None:
+    """A setting that is a path: no working directory and no link upwards decides what it means.
+
+    Raises:
+        SettingsError: names the key.
+    """
+    if not Path(value).is_absolute() or ".." in Path(value).parts:
+        raise SettingsError(f"{key}: {value!r} is not an absolute path without '..'")
+
+
 def _parents(key: str) -> list[str]:
     """``a.b[0]`` -> ``a.b``, ``a``: an error inside a list belongs to the file that gave the list."""
     parts = re.sub(r"\[[^\]]*\]", "", key).split(".")

@@ -50,7 +50,8 @@ def is_exhausted(error: OSError) -> bool:
     return error.errno in _EXHAUSTED
 
 
-def _read(path: str, what: str) -> bytes:
+def read(path: str, what: str) -> bytes:
+    """A whole file of a task. Raises `GoneError`; ``what`` is the task in its text."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -89,7 +90,7 @@ def parse_stat(data: bytes) -> ThreadStat:
 
 def stat(tid: int) -> ThreadStat:
     """A thread's name, state and start. Raises `GoneError`; one that has ended but was not waited for is still read."""
-    data = _read(f"/proc/{tid}/task/{tid}/stat", f"thread {tid}")
+    data = read(f"/proc/{tid}/task/{tid}/stat", f"thread {tid}")
     if not data:
         raise GoneError(f"thread {tid} does not exist (any more)")
     return parse_stat(data)
@@ -97,7 +98,7 @@ def stat(tid: int) -> ThreadStat:
 
 def process_of(tid: int) -> int:
     """The process (thread group) of a thread. Raises `GoneError`."""
-    for line in _read(f"/proc/{tid}/status", f"thread {tid}").splitlines():
+    for line in read(f"/proc/{tid}/status", f"thread {tid}").splitlines():
         if line.startswith(b"Tgid:"):
             return int(line[5:])
     raise GoneError(f"thread {tid} does not exist (any more)")
@@ -148,7 +149,7 @@ def dl_runtime(tid: int) -> int | None:
     decisions, not for every cycle. Raises `GoneError`.
     """
     try:
-        return parse_dl_runtime(_read(f"/proc/{tid}/task/{tid}/sched", f"thread {tid}"))
+        return parse_dl_runtime(read(f"/proc/{tid}/task/{tid}/sched", f"thread {tid}"))
     except OSError:  # EACCES under a hardened kernel: not told
         return None
 
