@@ -4,19 +4,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 GUESTS := build/guest/amd64/initramfs.gz build/guest/arm64/initramfs.gz
-TESTKERNEL := build/testkernel/initramfs.gz
+TESTKERNELS := build/testkernel/initramfs.gz build/testkernel-6.12/initramfs.gz
 TRIXIE := build/trixie/manifest
 # What each step needs from Debian: compiling the extension, the guests' programs and test modules; running guests;
-# linting scripts; libvirt's clients, which tests of virtvmand are; the daemon that the benchmarks compare with.
-APT_BUILD := gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross python3-dev python3-venv cpio kmod libelf1
+# linting scripts; libvirt's clients, which tests of virtvmand are; the daemon that the benchmarks compare with; what
+# loads the host and watches deadlined in its benchmarks.
+APT_BUILD := gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross python3-dev python3-venv cpio kmod libelf1 xz-utils
 APT_RUN := qemu-system-x86 qemu-system-arm qemu-utils device-tree-compiler iproute2
 APT_LINT := shellcheck groff-base mandoc
 APT_CLIENTS := libvirt-clients python3-libvirt libxml2-utils
 APT_PEER := libvirt-daemon-system $(APT_CLIENTS)
+APT_BENCH := gcc libc6-dev stress-ng strace
 SOURCES := ext/build_kernel.py $(wildcard ext/*.c ext/*.h ext/uapi/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-integration lint fmt bench bench-peer bench-isolation bench-libvirt test-libvirt-trixie ext guest testkernel setup clean
+.PHONY: help demo experiment test test-unit test-integration lint fmt bench bench-peer bench-isolation bench-libvirt bench-deadline bench-deadline-guest test-libvirt-trixie ext guest testkernel setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -24,12 +26,15 @@ help: ## this list
 demo: setup build/guest/amd64/initramfs.gz ## boot a guest whose vCPU's reservation sizes itself; writes build/demo/report.html
 	$(BIN)/python -m demo
 
-test: setup guest testkernel build/.apt-clients lint test-unit test-integration ## everything that CI runs
+experiment: setup ## budgets that size themselves, both rules (three minutes); writes build/experiment/report.html; needs root
+	$(BIN)/python -m experiment
+
+test: setup guest testkernel build/.apt-peer lint test-unit test-integration ## everything that CI runs
 
 test-unit: setup ## seconds, no root, no guest
 	$(BIN)/python -m pytest tests/unit tests/repo
 
-test-integration: setup guest testkernel build/.apt-clients ## real kernel, real QEMU; needs root
+test-integration: setup guest testkernel build/.apt-peer ## real kernel, real QEMU; needs root
 	EDGEHOLD_REQUIRE=$${EDGEHOLD_REQUIRE-1} $(BIN)/python -m pytest tests/integration
 
 test-libvirt-trixie: setup guest $(TRIXIE) ## virtvmand under Debian 13's virsh (downloads about 30 MB); needs root
@@ -60,11 +65,17 @@ bench-isolation: setup guest ## a partition's job while another one attacks; nee
 bench-libvirt: setup guest build/.apt-peer ## virtvmand beside libvirtd: calls, CPU and memory; needs root
 	$(BIN)/python -m tests.bench.virt
 
+bench-deadline: setup build/.apt-bench ## what deadlined costs and how steady it is (40 minutes); needs root and a quiet machine
+	$(BIN)/python -m tests.bench.deadline
+
+bench-deadline-guest: setup build/guest/amd64/initramfs.gz ## a guest's missed deadlines beside hogs, held and not held; needs root
+	$(BIN)/python -m tests.bench.guestjob
+
 ext: setup ## compile the extension (a part of set-up)
 
 guest: $(GUESTS) ## build the small guests from Debian's kernels and busybox
 
-testkernel: $(TESTKERNEL) ## build what tests boot to run under another kernel (downloads about 90 MB)
+testkernel: $(TESTKERNELS) ## build what tests boot to run under other kernels (downloads about 200 MB)
 
 setup: build/.venv ## virtual environment, Debian packages and the extension
 
@@ -76,12 +87,12 @@ build/.apt-lint: Makefile
 	@tools/apt-need $(APT_LINT)
 	@mkdir -p build && touch $@
 
-build/.apt-clients: Makefile
-	@tools/apt-need $(APT_CLIENTS)
-	@mkdir -p build && touch $@
-
 build/.apt-peer: Makefile
 	@tools/apt-need $(APT_PEER)
+	@mkdir -p build && touch $@
+
+build/.apt-bench: Makefile
+	@tools/apt-need $(APT_BENCH)
 	@mkdir -p build && touch $@
 
 build/.venv: pyproject.toml constraints.txt setup.py $(SOURCES) | build/.apt-build
@@ -99,13 +110,13 @@ $(GUESTS): build/guest/%/initramfs.gz: $(wildcard images/guest/*) images/apt.sh 
 	@ARCH=$* images/guest/build.sh
 	@touch $@
 
-$(TESTKERNEL): $(wildcard images/testkernel/*) images/apt.sh | build/.apt-build
-	@images/testkernel/build.sh
+$(TESTKERNELS): $(wildcard images/testkernel/*) images/apt.sh images/suite.sh | build/.apt-build
+	@KERNEL=$(if $(findstring 6.12,$@),6.12,6.1) images/testkernel/build.sh
 	@touch $@
 
-$(TRIXIE): $(wildcard images/trixie/*) images/apt.sh | build/.apt-build
+$(TRIXIE): $(wildcard images/trixie/*) images/apt.sh images/suite.sh | build/.apt-build
 	@images/trixie/build.sh
 	@touch $@
 
 clean: ## remove what was built (not what images/ built and downloaded)
-	rm -rf $(VENV) build/.venv build/.apt-* build/demo build/bench ext/_build sdk/edgehold/_kernel*.so edgehold.egg-info sdk/*.egg-info
+	rm -rf $(VENV) build/.venv build/.apt-* build/demo build/experiment build/bench ext/_build sdk/edgehold/_kernel*.so edgehold.egg-info sdk/*.egg-info

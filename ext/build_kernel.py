@@ -1,7 +1,7 @@
 """Builds edgehold._kernel: cffi's API mode, one extension for every Python from 3.11 on (abi3).
 
 setup.py names `ffibuilder`; nothing imports this at run time. Paths are relative to the project's root, where
-setuptools runs.
+setuptools runs. Every ``*_cdef.h`` and ``*.c`` here is a part of it.
 """
 
 from pathlib import Path
@@ -11,21 +11,19 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 
+# The calls of /dev/vmanager name structures of vmanager_cdef.h, so they come last.
+declarations = [*sorted(HERE.glob("*cdef.h")), HERE / "vmanager_calls.h"]
+
 ffibuilder: Any = FFI()  # type: ignore[no-untyped-call]
-for text in ("cdef.h", "vmanager_cdef.h", "vmanager_calls.h"):
-    ffibuilder.cdef((HERE / text).read_text(encoding="utf-8"))
+for one in declarations:
+    ffibuilder.cdef(one.read_text(encoding="utf-8"))
+headers = sorted({one.name for one in HERE.glob("*.h") if not one.name.endswith("cdef.h")} - {"vmanager_calls.h"})
 ffibuilder.set_source(
     "edgehold._kernel",
-    '#include "kernel.h"\n#include "vmanager.h"\n#include "vmanager_calls.h"',
-    sources=["ext/kernel.c", "ext/numa.c", "ext/vmanager.c"],
+    "".join(f'#include "{name}"\n' for name in (*headers, "vmanager.h", "vmanager_calls.h")),
+    sources=[f"ext/{one.name}" for one in sorted(HERE.glob("*.c"))],
     include_dirs=["ext", "ext/uapi"],
-    depends=[
-        "ext/cdef.h",
-        "ext/kernel.h",
-        "ext/vmanager_cdef.h",
-        "ext/vmanager_calls.h",
-        "ext/uapi/vmanager.h",
-    ],
+    depends=[*(f"ext/{one.name}" for one in sorted(HERE.glob("*.h"))), "ext/uapi/vmanager.h"],
     extra_compile_args=["-std=c11", "-Wall", "-Wextra", "-Werror", "-O2"],
     py_limited_api=True,
 )

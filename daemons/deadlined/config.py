@@ -1,11 +1,25 @@
 """deadlined's settings: /etc/edgehold/deadlined.toml and its drop-ins."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from deadlined.deny import DenySettings
+from deadlined.rules import rule_config
+from edgehold import settings
+from edgehold.api.deadlined import DURABLE, Policy, Target
+from edgehold.errors import SettingsError
 from edgehold.wire.peer import Access
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A target to attach at every start."""
+
+    target: Target
+    policy: dict[str, Any] = {}
+    """Fields of `Policy`; the rest is the settings' policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,14 +28,58 @@ class Settings:
 
     socket: str = "/run/deadlined/api.sock"
     state_dir: str = "/var/lib/deadlined"
-    """The journal of what to restore."""
+    """What to restore, and what to attach after a restart."""
     vmand_socket: str = "/run/vmand/control.sock"
     cycle_ms: Annotated[int, msgspec.Meta(ge=10, le=60_000)] = 500
     """T: every so often budgets are sized anew."""
+    fast_cycle_ms: Annotated[int, msgspec.Meta(ge=0, le=60_000)] = 100
+    """A saturated thread's window under the fast rule, at least its period; 0: none is shorter than T."""
+    policy: Policy = field(default_factory=Policy)
+    """Of attachments that do not say otherwise, field by field."""
+    attach: tuple[Standing, ...] = ()
+    deny: DenySettings = field(default_factory=DenySettings)
     history: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 600
-    """Samples that are kept for each thread; with more than 64 threads each has its part of 64 times that."""
+    """Samples that are kept for each thread; more than 64 threads share 64 times that."""
     max_attachments: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1000
     max_threads: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 5000
     """Threads in all: each keeps a descriptor open."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     access: Access = field(default_factory=Access)
+
+    def __post_init__(self) -> None:
+        """Raises `SettingsError`: what the types can't say."""
+        if problem := rule_config(self.policy).problem():
+            raise SettingsError(f"policy: {problem}")
+        for number, one in enumerate(self.attach):
+            if one.target.kind not in DURABLE:
+                kinds = ", ".join(sorted(kind.value for kind in DURABLE))
+                raise SettingsError(
+                    f"attach[{number}].target.kind: a {one.target.kind.value}'s id is another's after a restart; here "
+                    f"only {kinds}"
+                )
+
+
+def policy_of(given: dict[str, Any], default: Policy) -> Policy:
+    """The fields that were given, and the rest of a default.
+
+    Raises:
+        msgspec.ValidationError: a field that is unknown, of a wrong type or out of range; the text names it.
+    """
+    return msgspec.convert({**msgspec.to_builtins(default), **given}, Policy)
+
+
+def load(path: Path | None) -> Settings:
+    """Read and check everything.
+
+    Raises:
+        SettingsError: names the file and the key.
+    """
+    wanted = settings.load(Settings, "deadlined", path=path)
+    for number, one in enumerate(wanted.attach):
+        try:
+            policy = policy_of(one.policy, wanted.policy)
+        except msgspec.ValidationError as error:
+            raise SettingsError(f"attach[{number}].policy: {error}") from None
+        if problem := rule_config(policy).problem():
+            raise SettingsError(f"attach[{number}].policy: {problem}")
+    return wanted

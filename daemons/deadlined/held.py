@@ -1,12 +1,24 @@
-"""What deadlined knows about one thread and one attachment, and how it tells it. No system calls here."""
+"""What deadlined knows about one thread and one attachment, and how it tells it. No system calls here.
 
-from collections import deque
+What is measured lives in a row of the table (`HeldTable`); a thread that has no row is not sampled.
+"""
+
 from dataclasses import dataclass, field
+from typing import Any
 
-from deadlined.rules import ReferenceRule, RuleConfig
+from deadlined.rules import RuleConfig
 from deadlined.targets import Source
-from edgehold.api.deadlined import Attachment, Policy, Sample, Target, ThreadState, ThreadStatus
-from edgehold.kernel.sampler import ThreadSample
+from edgehold.api.deadlined import (
+    Attachment,
+    GroupStatus,
+    PeriodOrigin,
+    Policy,
+    Sample,
+    Target,
+    ThreadState,
+    ThreadStatus,
+)
+from edgehold.kernel.native_held import HeldTable, RawSample
 from edgehold.kernel.sched import SchedAttr
 
 
@@ -17,49 +29,63 @@ class Thread:
     tid: int
     start_ticks: int
     name: str
-    rule: ReferenceRule
-    history: deque[Sample]
+    config: RuleConfig
+    table: HeldTable
     state: ThreadState = ThreadState.WAITING
     reason: str = ""
+    """Why it is not held, or has not what it wants."""
     original: SchedAttr | None = None
     """What to restore; set from the journal's row on."""
+    row: int = -1
+    """In the table; -1: it is not sampled."""
+    fd: int = -1
+    first_ns: int = 0
+    """The budget to begin with: the policy's, or what it had before it was taken out."""
     budget_ns: int = 0
     """In force; 0 while it is not held."""
     try_at_ns: int | None = 0
     """When to try (again) to hold it; None: it is held, or must not be tried by itself."""
-    base: ThreadSample | None = None
-    """The sample at which the current window began."""
-    executed_ns: int = 0
-    """Per period, of the last window."""
-    run_delay_ns: int = 0
-    seen_executed_ns: int = 0
-    """The counter at the last look of the watchdog."""
-    progress_ns: int = 0
-    """When that counter last moved."""
+    counted: float = 0.0
+    """The CPUs with which it stands in the sum of what is wanted."""
+    entered_ns: int = 0
     suspect_ns: int = 0
     """Since when it wants to run and does not; 0: it is not suspected."""
-    look_at_ns: int = 0
-    """When to look (again) whether a thread that does not execute sleeps."""
-    check_at_ns: int = 0
-    """When to ask (again) whether it still is in our reservation."""
     stuck: int = 0
     """How often in a row the kernel left it throttled."""
+    period_origin: PeriodOrigin = PeriodOrigin.GIVEN
+    confidence: float = 0.0
 
     @property
     def key(self) -> tuple[int, int]:
         """Names this thread and no other of this boot."""
         return self.tid, self.start_ticks
 
+    @property
+    def cells(self) -> Any:
+        """Its row: struct eh_held of ext/held_cdef.h. Only while ``row`` is not -1."""
+        return self.table.row(self.row)
+
+    @property
+    def wanted_ns(self) -> int:
+        """What its rule wants."""
+        return int(self.cells.sizing.wanted_ns) if self.row >= 0 else self.first_ns
+
     def status(self) -> ThreadStatus:
         """As the API tells it."""
+        cells = self.cells if self.row >= 0 else None
         return ThreadStatus(
             tid=self.tid,
             name=self.name,
             state=self.state,
             budget_ns=self.budget_ns,
-            executed_ns=self.executed_ns,
-            run_delay_ns=self.run_delay_ns,
-            multiplier=self.rule.multiplier,
+            wanted_ns=self.wanted_ns,
+            period_ns=self.config.period_ns,
+            period_origin=self.period_origin,
+            executed_ns=int(cells.executed_ns) if cells else 0,
+            run_delay_ns=int(cells.run_delay_ns) if cells else 0,
+            saturated=bool(cells.sizing.saturated) if cells else False,
+            multiplier=int(cells.sizing.multiplier) if cells else 1,
+            confidence=self.confidence,
             reason=self.reason,
         )
 
@@ -73,15 +99,21 @@ class Attached:
     policy: Policy
     config: RuleConfig
     source: Source
+    begun: int
+    """The monitor's cycle in which it was attached."""
     threads: dict[int, Thread] = field(default_factory=dict)
-    cycles: int = 0
+    waiting: set[int] = field(default_factory=set)
+    """Those of them that are to be tried, or looked at, in every cycle."""
     left_out: int = 0
     """Threads that did not fit into max_threads."""
+    denied: str = ""
+    """Why one of its threads is left alone: the settings' deny list."""
     trouble: str = ""
     """Why its threads could not be looked at in the last cycle."""
+    suspended: bool = False
 
-    def message(self) -> Attachment:
-        """As the API tells it."""
+    def message(self, cycle: int, group: GroupStatus | None = None) -> Attachment:
+        """As the API tells it; ``cycle``: the monitor's."""
         threads = tuple(self.threads[tid].status() for tid in sorted(self.threads))
         number = f"{self.left_out} thread{' is' if self.left_out == 1 else 's are'}"
         left_out = f"{number} left out: deadlined's max_threads is reached" if self.left_out else ""
@@ -90,24 +122,24 @@ class Attached:
             target=self.target,
             policy=self.policy,
             threads=threads,
-            cycles=self.cycles,
-            reason=self.source.over or self.trouble or self.source.reason or left_out,
+            group=group,
+            cycles=cycle - self.begun,
+            suspended=self.suspended,
+            reason=self.source.over or self.trouble or self.source.reason or left_out or self.denied,
         )
 
-    def history(self, last: int | None = None) -> tuple[Sample, ...]:
-        """The kept samples of every thread, oldest first; all, or only the last ones."""
-        samples = [sample for thread in self.threads.values() for sample in thread.history]
-        samples.sort(key=lambda sample: (sample.time_ns, sample.tid))
-        return tuple(samples if last is None else samples[max(len(samples) - last, 0) :])
 
-
-def rule_config(policy: Policy) -> RuleConfig:
-    """The rule's part of a policy."""
-    return RuleConfig(
-        period_ns=policy.period_ns,
-        initial_budget_ns=policy.initial_budget_ns,
-        overallocation=policy.overallocation,
-        window=policy.window,
-        cap=policy.cap,
-        min_budget_ns=policy.min_budget_ns,
+def sample_of(raw: RawSample) -> Sample:
+    """As the API tells it."""
+    return Sample(
+        time_ns=raw.time_ns,
+        tid=raw.tid,
+        elapsed_ns=raw.elapsed_ns,
+        executed_ns=raw.executed_ns,
+        run_delay_ns=raw.run_delay_ns,
+        budget_ns=raw.budget_ns,
+        wanted_ns=raw.wanted_ns,
+        period_ns=raw.period_ns,
+        saturated=bool(raw.saturated),
+        multiplier=raw.multiplier,
     )

@@ -8,23 +8,22 @@ is left alone.
 import contextlib
 import errno
 import logging
+import os
 
-from deadlined import reservation, watchdog
+from deadlined import reservation
 from deadlined.held import Attached, Thread
 from deadlined.journal import Journal, Row
 from deadlined.metrics import Metrics
-from edgehold.api.deadlined import ThreadState
+from edgehold.api.deadlined import Rule, ThreadState
 from edgehold.clock import NS_PER_S, Clock
 from edgehold.errors import BadStateError, EdgeholdError, FailedError
 from edgehold.kernel import procfs, sched
+from edgehold.kernel.native_held import HELD, PHASE_SUSPECT, HeldTable
 from edgehold.kernel.procfs import GoneError
-from edgehold.kernel.sampler import Sampler
 from edgehold.kernel.sched import Policy, SchedAttr
 
 log = logging.getLogger(__name__)
 
-# How often a held thread whose budget does not change is asked whether it still is in our reservation.
-_CHECK_NS = 2 * NS_PER_S
 # A refusal that time alone does not cure (privilege, pinning) is tried again so seldom; EBUSY in the next cycle.
 _RETRY_NS = 5 * NS_PER_S
 _MESSAGE_RECOVERED = "5a1f0e5ad36c4d4f9f0f4c7a8e8f2d11"
@@ -47,10 +46,13 @@ def _gap_ns(period_ns: int, budget_ns: int) -> int:
 
 
 class Holder:
-    """Attaches, changes and detaches single threads; owns the sampler's descriptors and the gaps."""
+    """Attaches, changes and detaches single threads; owns their rows in the table, their descriptors and the gaps."""
 
-    def __init__(self, *, clock: Clock, journal: Journal, metrics: Metrics) -> None:
-        self.sampler = Sampler()
+    def __init__(self, *, clock: Clock, journal: Journal, metrics: Metrics, table: HeldTable, short_ns: int) -> None:
+        self.table = table
+        self.rows: dict[int, Thread] = {}
+        """Whose each row of the table is."""
+        self._short_ns = short_ns
         self._clock = clock
         self._journal = journal
         self._metrics = metrics
@@ -94,13 +96,13 @@ class Holder:
         """
         now = sched.get(row.tid)
         halfway = (now.runtime_ns, now.period_ns) == (sched.SMALLEST.runtime_ns, sched.SMALLEST.period_ns)
-        if now.policy is not Policy.DEADLINE or not (now.period_ns == row.period_ns or halfway):
+        if now.policy is not Policy.DEADLINE or not (now.period_ns in {row.period_ns, row.also_period_ns} or halfway):
             return None
         left = reservation.leave(row.tid, row.original, period_ns=row.period_ns, max_budget_ns=row.max_budget_ns)
         return left.gap_ns
 
-    def enter(self, thread: Thread, attached: Attached) -> EdgeholdError | None:
-        """Try to take a thread into its reservation, with the budget that its rule wants.
+    def enter(self, thread: Thread, attached: Attached, budget_ns: int) -> EdgeholdError | None:
+        """Try to take a thread into its reservation, with this budget.
 
         Returns why not, if the kernel, the journal or the facts refuse; the thread then waits and says so. In the safe
         gap it waits too, which is no refusal.
@@ -117,12 +119,12 @@ class Holder:
             )
             return None
         self._gaps.pop(thread.key, None)
-        wanted = SchedAttr.deadline(runtime_ns=thread.rule.budget_ns, period_ns=attached.config.period_ns)
+        wanted = SchedAttr.deadline(runtime_ns=budget_ns, period_ns=thread.config.period_ns)
         try:
             self.check_alive(thread)
             thread.original = reservation.check_free(thread.tid)
-            self._journal.hold([self._row(thread, attached, thread.original)])
-            base = self.sampler.add(thread.tid)
+            self._journal.hold([self._row(thread, thread.original)])
+            thread.fd = procfs.open_thread(thread.tid, "schedstat")
             self._metrics.setattr_calls.inc()
             reservation.enter(thread.tid, budget_ns=wanted.runtime_ns, period_ns=wanted.period_ns)
         except GoneError:
@@ -134,10 +136,42 @@ class Holder:
         thread.reason = ""
         thread.budget_ns = wanted.runtime_ns
         thread.try_at_ns = None
-        thread.check_at_ns = 0
-        thread.base = base
-        watchdog.begin(thread, base)
+        self._sample(thread, attached, flags=HELD)
         return None
+
+    def watch(self, thread: Thread, attached: Attached) -> None:
+        """Measure a thread and leave it as it is: a dry run. Raises `GoneError`, and `OSError` (EMFILE)."""
+        self.check_alive(thread)
+        thread.fd = procfs.open_thread(thread.tid, "schedstat")
+        thread.state = ThreadState.WATCHED
+        thread.reason = ""
+        thread.try_at_ns = None
+        self._sample(thread, attached, flags=0)
+
+    def _sample(self, thread: Thread, attached: Attached, *, flags: int) -> None:
+        """Give it a row; the first window begins now, so that what it executes from now on counts."""
+        thread.row = self.table.add(
+            tid=thread.tid,
+            fd=thread.fd,
+            owner=attached.id,
+            start_ticks=thread.start_ticks,
+            rule=thread.config.raw(),
+            budget_ns=thread.first_ns,
+        )
+        self.rows[thread.row] = thread
+        cells = thread.cells
+        cells.flags = flags
+        cells.budget_ns = thread.budget_ns
+        now = self._clock.monotonic_ns()
+        executed_ns, run_delay_ns = procfs.schedstat(thread.fd)
+        cells.base_ns, cells.base_executed_ns, cells.base_run_delay_ns = now, executed_ns, run_delay_ns
+        cells.executed_total_ns, cells.progress_ns = executed_ns, now
+        thread.entered_ns = now
+        if flags & HELD and self._short_ns and thread.config.rule is Rule.FAST:
+            # The first window is a short look: a first budget that is far too small is seen at once.
+            cells.sizing.phase = PHASE_SUSPECT
+            cells.due_ns = now + max(self._short_ns, thread.config.period_ns)
+            self.table.expect(cells.due_ns)
 
     @staticmethod
     def check_alive(thread: Thread) -> None:
@@ -146,54 +180,52 @@ class Holder:
         if facts.ended or facts.start_ticks != thread.start_ticks:
             raise GoneError(f"thread {thread.tid} has ended")
 
-    def check_ours(self, thread: Thread, attached: Attached) -> None:
-        """Notice that somebody else changed the policy of a thread whose budget stays. Raises `GoneError`.
+    def change(self, thread: Thread, budget_ns: int, period_ns: int | None = None) -> bool:
+        """Set another budget, and another period where one is given. Returns whether it is in force.
 
-        Not in every cycle: a system call a thread, for what seldom happens.
-        """
-        now = self._clock.monotonic_ns()
-        if now >= thread.check_at_ns:
-            thread.check_at_ns = now + _CHECK_NS
-            if not reservation.is_held(thread.tid, period_ns=attached.config.period_ns):
-                self._taken(thread, attached)
-
-    def change(self, thread: Thread, attached: Attached, budget_ns: int) -> None:
-        """Set another budget. A refusal keeps the old one, which stays in force, and is told in the reason.
+        A refusal keeps what was in force, and is told in the reason.
 
         Raises:
             GoneError: it ended.
         """
-        period_ns = attached.config.period_ns
-        if not reservation.is_held(thread.tid, period_ns=period_ns):
-            self._taken(thread, attached)
-            return
+        before_ns = thread.config.period_ns
+        wanted = SchedAttr.deadline(runtime_ns=budget_ns, period_ns=period_ns or before_ns)
+        if not reservation.is_held(thread.tid, period_ns=before_ns):
+            self.taken(thread)
+            return False
         try:
+            if wanted.period_ns != before_ns and thread.original is not None:
+                self._journal.hold([self._row(thread, thread.original, also_period_ns=wanted.period_ns)])
             self._metrics.setattr_calls.inc()
-            reservation.enter(thread.tid, budget_ns=budget_ns, period_ns=period_ns)
+            reservation.enter(thread.tid, budget_ns=wanted.runtime_ns, period_ns=wanted.period_ns)
+        except FailedError as error:
+            thread.reason = error.message
+            return False
         except OSError as error:
             self._metrics.refused(reservation.errno_name(error))
-            wanted = SchedAttr.deadline(runtime_ns=budget_ns, period_ns=period_ns)
             why = sched.explain(error, thread.tid, wanted).message
             thread.reason = f"stays at {thread.budget_ns / 1e6:g} ms, asked for again in every cycle: {why}"
-            return
-        thread.budget_ns = budget_ns
+            return False
+        thread.budget_ns = wanted.runtime_ns
+        thread.cells.budget_ns = wanted.runtime_ns
         thread.reason = ""
+        return True
 
-    def leave(self, thread: Thread, attached: Attached, *, grow: bool = True) -> int:
+    def leave(self, thread: Thread, *, grow: bool = True) -> int:
         """Give a thread its own policy back, if it is held. Returns when it may be attached again (0: it is gone)."""
         until_ns = 0
         try:
             if thread.budget_ns and thread.original is not None:
-                if not reservation.is_held(thread.tid, period_ns=attached.config.period_ns):
-                    self._taken(thread, attached)
+                if not reservation.is_held(thread.tid, period_ns=thread.config.period_ns):
+                    self.taken(thread)
                     return self._gaps[thread.key]
                 self._metrics.setattr_calls.inc()
-                self.sampler.discard(thread.tid)  # frees the descriptor that leaving needs
+                self._close(thread)  # frees the descriptor that leaving needs
                 left = reservation.leave(
                     thread.tid,
                     thread.original,
-                    period_ns=attached.config.period_ns,
-                    max_budget_ns=attached.config.max_budget_ns,
+                    period_ns=thread.config.period_ns,
+                    max_budget_ns=thread.config.max_budget_ns,
                     grow=grow,
                 )
                 until_ns = self._clock.monotonic_ns() + left.gap_ns * (2 ** min(thread.stuck, 6))
@@ -212,15 +244,17 @@ class Holder:
         self._left(thread, until_ns)
         return until_ns
 
-    def revive(self, thread: Thread, attached: Attached) -> None:
+    def revive(self, thread: Thread) -> None:
         """Take out a thread that the kernel left throttled for ever; it is attached again when that is safe."""
+        if thread.cells.progress_ns > thread.entered_ns:
+            thread.stuck = 0  # it has executed since: not the same fault again
         thread.stuck += 1
         log.warning(
             "thread %d (%s) was left throttled by the kernel; taken out, attached again later",
             thread.tid, thread.name, extra={"message_id": _MESSAGE_STUCK},
         )  # fmt: skip
         self._metrics.stuck.inc()
-        until_ns = self.leave(thread, attached, grow=False)
+        until_ns = self.leave(thread, grow=False)
         if thread.state is ThreadState.WAITING:
             return  # somebody else had taken it out meanwhile
         thread.state = ThreadState.STUCK
@@ -240,10 +274,21 @@ class Holder:
             with contextlib.suppress(FailedError):  # they are over on disk as well, and are not read
                 self._journal.prune(now)
 
+    def _close(self, thread: Thread) -> None:
+        """It is not sampled any more; what its rule had learned is where it begins again."""
+        if thread.row >= 0:
+            thread.first_ns = min(max(thread.wanted_ns, thread.config.min_budget_ns), thread.config.max_budget_ns)
+            self.table.remove(thread.row)
+            del self.rows[thread.row]
+            thread.row = -1
+        if thread.fd >= 0:
+            os.close(thread.fd)
+            thread.fd = -1
+
     def _unheld(self, thread: Thread) -> None:
-        self.sampler.discard(thread.tid)
+        self._close(thread)
         thread.budget_ns = 0
-        thread.base = None
+        thread.suspect_ns = 0
 
     def _left(self, thread: Thread, until_ns: int) -> None:
         self._unheld(thread)
@@ -262,9 +307,9 @@ class Holder:
         else:
             self._behind = False
 
-    def _taken(self, thread: Thread, attached: Attached) -> None:
+    def taken(self, thread: Thread) -> None:
         """Somebody else changed the policy: his will stands. When he did is unknown, so the gap begins now."""
-        gap_ns = _gap_ns(attached.config.period_ns, attached.config.max_budget_ns)
+        gap_ns = _gap_ns(thread.config.period_ns, thread.config.max_budget_ns)
         self._left(thread, self._clock.monotonic_ns() + gap_ns)
         thread.state = ThreadState.WAITING
         thread.try_at_ns = None
@@ -295,11 +340,12 @@ class Holder:
         return told
 
     @staticmethod
-    def _row(thread: Thread, attached: Attached, original: SchedAttr) -> Row:
+    def _row(thread: Thread, original: SchedAttr, *, also_period_ns: int = 0) -> Row:
         return Row(
             tid=thread.tid,
             start_ticks=thread.start_ticks,
             original=original,
-            period_ns=attached.config.period_ns,
-            max_budget_ns=attached.config.max_budget_ns,
+            period_ns=thread.config.period_ns,
+            max_budget_ns=thread.config.max_budget_ns,
+            also_period_ns=also_period_ns,
         )

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from deadlined.quota import QuotaRow
 from edgehold.directories import owned
 from edgehold.errors import FailedError
 from edgehold.kernel.sched import Flag, Policy, SchedAttr
@@ -30,7 +31,9 @@ CREATE TABLE IF NOT EXISTS held (
 CREATE TABLE IF NOT EXISTS gaps (
     tid INTEGER NOT NULL, start_ticks INTEGER NOT NULL, until_ns INTEGER NOT NULL, PRIMARY KEY (tid, start_ticks));
 CREATE TABLE IF NOT EXISTS numbers (last INTEGER NOT NULL);
-PRAGMA user_version = 1;
+CREATE TABLE IF NOT EXISTS quotas (
+    directory TEXT NOT NULL, device INTEGER NOT NULL, inode INTEGER NOT NULL, file TEXT NOT NULL,
+    original TEXT NOT NULL, period_ns INTEGER NOT NULL, PRIMARY KEY (directory, file));
 """
 # Only these say that the file itself is no journal any more. A full disk, a lock, a failing read say nothing about it.
 _BROKEN = frozenset({sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT})
@@ -47,6 +50,8 @@ class Row:
     original: SchedAttr
     period_ns: int
     max_budget_ns: int
+    also_period_ns: int = 0
+    """While the period changes: the other one that it may have."""
 
 
 class Journal:
@@ -93,10 +98,15 @@ class Journal:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = OFF")  # see the module's text: durable against our death, not the host's
             db.executescript(_SCHEMA)
+            if db.execute("PRAGMA user_version").fetchone()[0] < 2:
+                columns = [row[1] for row in db.execute("PRAGMA table_info(held)")]
+                if "also_period_ns" not in columns:
+                    db.execute("ALTER TABLE held ADD COLUMN also_period_ns INTEGER NOT NULL DEFAULT 0")
+                db.execute("PRAGMA user_version = 2")
             if [row[0] for row in db.execute("SELECT id FROM boot")] != [boot_id]:
-                db.executescript("DELETE FROM held; DELETE FROM gaps; DELETE FROM boot")
+                db.executescript("DELETE FROM held; DELETE FROM gaps; DELETE FROM quotas; DELETE FROM boot")
                 db.execute("INSERT INTO boot VALUES (?)", (boot_id,))
-            for table in ("held", "gaps", "numbers"):  # what is broken in them is to be found now
+            for table in ("held", "gaps", "numbers", "quotas"):  # what is broken in them is to be found now
                 db.execute(f"SELECT * FROM {table}").fetchall()  # noqa: S608 - our own names
         except BaseException:
             db.close()
@@ -139,12 +149,12 @@ class Journal:
         """
         with self._transaction():
             self._db.executemany(
-                "INSERT OR REPLACE INTO held VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO held VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (
                         row.tid, row.start_ticks, int(row.original.policy), int(row.original.flags),
                         row.original.nice, row.original.priority, row.original.runtime_ns, row.period_ns,
-                        row.max_budget_ns,
+                        row.max_budget_ns, row.also_period_ns,
                     )
                     for row in rows
                 ],
@@ -183,8 +193,31 @@ class Journal:
                 ),
                 period_ns=period,
                 max_budget_ns=largest,
+                also_period_ns=also,
             )
-            for tid, start, policy, flags, nice, priority, slice_ns, period, largest in rows
+            for tid, start, policy, flags, nice, priority, slice_ns, period, largest, also in rows
+        ]
+
+    def limit(self, row: QuotaRow) -> None:
+        """Before a cgroup's quota changes for the first time: what it has. Raises `FailedError`: it may not change."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO quotas VALUES (?, ?, ?, ?, ?, ?)",
+                (row.directory, row.device, row.inode, row.file, row.original, row.period_ns),
+            )
+
+    def unlimit(self, row: QuotaRow) -> None:
+        """After a cgroup got its quota back, or is gone. Raises `FailedError`."""
+        with self._transaction():
+            self._db.execute("DELETE FROM quotas WHERE directory = ? AND file = ?", (row.directory, row.file))
+
+    def quotas(self) -> list[QuotaRow]:
+        """The cgroups that a predecessor left limited. Raises `FailedError`."""
+        with self._boundary():
+            rows = self._db.execute("SELECT * FROM quotas").fetchall()
+        return [
+            QuotaRow(directory=path, device=device, inode=inode, file=file, original=original, period_ns=period)
+            for path, device, inode, file, original, period in rows
         ]
 
     def gaps(self, now_ns: int) -> dict[tuple[int, int], int]:

@@ -1,55 +1,105 @@
-"""The cycle: look who is there, sample everybody, let the rule decide, decreases before increases, watch for the stuck.
+"""The cycle: look who is there, sample everybody, let the rules decide, set what changed, watch for the stuck.
 
-Nothing here waits, so nothing of the API happens in the middle of a cycle. The order matters to the kernel's admission
-control: what one thread gives up can be another's a moment later.
+Nothing here waits, so nothing of the API happens in the middle of a cycle. What a cycle does for a thread to which
+nothing happens is C (ext/held.c); here is only what somebody must do.
 """
 
 import contextlib
-import errno
 import logging
-from collections import deque
+from collections.abc import Callable, Iterator
 
 from deadlined import watchdog
-from deadlined.held import Attached, Thread, rule_config
+from deadlined.cgroups import CgroupSource
+from deadlined.deny import Deny
+from deadlined.grants import Entry, Grants
+from deadlined.groups import Groups
+from deadlined.held import Attached, Thread, sample_of
 from deadlined.holder import Holder, no_descriptor
 from deadlined.metrics import Metrics
-from deadlined.rules import ReferenceRule
-from deadlined.targets import Source
-from deadlined.watchdog import Verdict
-from edgehold.api.deadlined import Policy, Sample, Target, ThreadState
-from edgehold.clock import Clock
-from edgehold.errors import EdgeholdError
+from deadlined.rules import RuleConfig, rule_config
+from deadlined.targets import Source, ThreadSource
+from deadlined.tasks import Tasks
+from edgehold.api.deadlined import Actuator, Attachment, PeriodOrigin, Policy, Rule, Sample, Target, ThreadState
+from edgehold.clock import NS_PER_S, Clock
+from edgehold.errors import DeniedError, EdgeholdError
 from edgehold.kernel import procfs
+from edgehold.kernel.native_held import CHANGE, ERROR, FROZEN, GONE, LOOK, TAKEN, RawTodo
 from edgehold.kernel.procfs import GoneError
-from edgehold.kernel.sampler import ThreadSample
 
 log = logging.getLogger(__name__)
 
-# Below this a change is not worth a system call.
-_LEAST_CHANGE_NS = 1000
-# So many threads have as long a history as is set; with more, each has less, so that the sum stays the same.
-_FULL_HISTORIES = 64
-Change = tuple[Thread, Attached, int]
+# So many threads have as long a history as is set; with more, all share so many times that.
+FULL_HISTORIES = 64
+# Events and counters tell what changes; this only heals what they could miss.
+_RESCAN_NS = 10 * NS_PER_S
 
 
 class Monitor:
     """Owns the attachments and what is done with them in every cycle."""
 
     def __init__(
-        self, *, clock: Clock, holder: Holder, metrics: Metrics, cycle_ns: int, history: int, max_threads: int
+        self,
+        *,
+        clock: Clock,
+        holder: Holder,
+        metrics: Metrics,
+        tasks: Tasks,
+        groups: Groups,
+        history: int,
+        max_threads: int,
+        deny: Deny | None = None,
     ) -> None:
         self.attachments: dict[int, Attached] = {}
+        self.cycles = 0
+        self.on_over: Callable[[Attached], None] = lambda _one: None
+        """Told of an attachment that ended by itself."""
+        self.grants = Grants(clock=clock, holder=holder, everybody=self._entries)
+        self.groups = groups
         self._owners: dict[int, Attached] = {}
+        self._tids: frozenset[int] | None = None
+        self._polled: dict[int, Attached] = {}
+        """Whose source must be asked in every cycle; a single thread's end is noticed by the sampler."""
+        self._waiting: dict[int, Attached] = {}
+        """Who has threads that are to be tried."""
+        self._over: list[Attached] = []
         self._clock = clock
         self._holder = holder
+        self._table = holder.table
         self._metrics = metrics
-        self._cycle_ns = cycle_ns
+        self._tasks = tasks
         self._history = history
         self._max_threads = max_threads
+        self._deny = deny
+        self._rescan_at_ns = 0
 
     def owner(self, tid: int) -> Attached | None:
         """The attachment that has this thread."""
         return self._owners.get(tid)
+
+    def tids(self) -> frozenset[int]:
+        """Every thread that an attachment has; the same object while nothing changed."""
+        if self._tids is None:
+            self._tids = frozenset(self._owners)
+        return self._tids
+
+    def held_cpus(self) -> float:
+        """The sum of all reservations that are in force, in CPUs."""
+        return sum(
+            thread.budget_ns / thread.config.period_ns
+            for one in self.attachments.values()
+            for thread in one.threads.values()
+        )
+
+    def message(self, one: Attached) -> Attachment:
+        """As the API tells it."""
+        return one.message(self.cycles, self.groups.status(one.id))
+
+    def history(self, one: Attached, last: int | None = None) -> tuple[Sample, ...]:
+        """The kept samples of an attachment, oldest first; all, or only the last ones."""
+        most = self._history * max(len(one.threads), 1)
+        return tuple(
+            sample_of(raw) for raw in self._table.history(one.id, most=most if last is None else min(last, most))
+        )
 
     def adopt(
         self, number: int, target: Target, policy: Policy, source: Source
@@ -58,30 +108,152 @@ class Monitor:
 
         Owns the source once it returns. Raises `OSError` (no descriptor is left); nothing is held then.
         """
-        one = Attached(id=number, target=target, policy=policy, config=rule_config(policy), source=source)
+        one = Attached(
+            id=number, target=target, policy=policy, config=rule_config(policy), source=source, begun=self.cycles
+        )
         self.attachments[number] = one
         try:
-            refused = self._rescan(one)
+            refused = self.follow(one, source)
         except BaseException:
             # The caller still owns the source.
-            del self.attachments[number]
+            self._forget(one)
             with contextlib.ExitStack() as all_of_them:
+                all_of_them.callback(self.groups.release, one.id)
                 self._drop_all(one, all_of_them)
             raise
-        self._metrics.update(self.attachments.values())
         return one, refused
+
+    def follow(self, one: Attached, source: Source) -> dict[int, EdgeholdError]:
+        """Take an attachment's threads from this source from now on. Returns and raises as `adopt`."""
+        one.source = source
+        one.suspended = source.suspended
+        if isinstance(source, ThreadSource):
+            self._polled.pop(one.id, None)
+        else:
+            self._polled[one.id] = one
+        if one.policy.actuator is not Actuator.DEADLINE:
+            if isinstance(source, CgroupSource):
+                self.groups.attach(one, source)
+            return {}
+        refused = self._rescan(one)
+        refused |= self._settle([Entry(one.threads[tid], one) for tid in sorted(one.waiting)])
+        return refused
 
     def release(self, one: Attached) -> None:
         """Give every thread its own policy back, whatever fails for one of them, and forget the target."""
-        del self.attachments[one.id]
+        self._forget(one)
         with contextlib.ExitStack() as all_of_them:
             all_of_them.callback(one.source.close)
+            all_of_them.callback(self.groups.release, one.id)
             self._drop_all(one, all_of_them)
-        self._metrics.update(self.attachments.values())
+
+    def _forget(self, one: Attached) -> None:
+        del self.attachments[one.id]
+        self._polled.pop(one.id, None)
+        self._waiting.pop(one.id, None)
+
+    def change(self, one: Attached, policy: Policy) -> None:
+        """Size an attachment's budgets by another policy from now on; what was learned stays."""
+        auto = policy.period_ns == "auto" and one.policy.period_ns == "auto"
+        one.policy, one.config = policy, rule_config(policy)
+        for thread in list(one.threads.values()):
+            kept = auto and thread.period_origin is PeriodOrigin.INFERRED
+            config = one.config.with_period(thread.config.period_ns) if kept else one.config
+            if not kept:
+                thread.period_origin = _origin(policy)
+            with contextlib.suppress(GoneError):  # found by the next sample
+                self.reconfigure(thread, one, config)
+        self.groups.change(one.id, policy)
+
+    def reconfigure(self, thread: Thread, one: Attached, config: RuleConfig) -> None:
+        """Another rule or period for one thread, from now on. Raises `GoneError`."""
+        before = thread.config
+        if thread.row < 0:
+            thread.config = config
+            thread.first_ns = min(max(thread.first_ns, config.min_budget_ns), config.max_budget_ns)
+            return
+        if thread.state is ThreadState.HELD and config.period_ns != before.period_ns:
+            scaled = thread.budget_ns * config.period_ns // before.period_ns
+            budget_ns = min(max(scaled, config.min_budget_ns), config.max_budget_ns)
+            if not self._holder.change(thread, budget_ns, config.period_ns):
+                return  # the reason is told; it goes on as it was
+        thread.config = config
+        self._table.change_rule(thread.row, config.raw())
+        if config.rule is Rule.FIXED:  # is what the policy says, whatever was learned
+            thread.cells.sizing.wanted_ns = thread.cells.told_ns = config.initial_budget_ns
+        self.grants.count(Entry(thread, one))
+        self.grants.apply([Entry(thread, one)])
 
     def cycle(self) -> None:
         """One monitoring cycle over everything."""
-        for one in list(self.attachments.values()):
+        self.cycles += 1
+        now = self._clock.monotonic_ns()
+        everything = now >= self._rescan_at_ns
+        if everything:
+            self._rescan_at_ns = now + _RESCAN_NS
+        changed: list[Entry] = []
+        for one in list(self._polled.values()):
+            changed += self._look_at(one, everything=everything)
+        for one in list(self._waiting.values()):
+            changed += self._try_again(one)
+        tasks, count, tasks_ns = self._tasks.read(len(self._holder.rows))
+        changed += self._do(self._table.run(grid=True, tasks=tasks, task_count=count, tasks_ns=tasks_ns))
+        self._settle(changed)
+        self.groups.cycle()
+        self._end()
+        self._holder.prune()
+        self._metrics.cycles.inc()
+
+    def short(self) -> None:
+        """Judge the short windows that are over."""
+        self._settle(self._do(self._table.run(grid=False)))
+
+    @property
+    def next_due_ns(self) -> int:
+        """When the first short window ends (CLOCK_MONOTONIC in ns); 0: there is none."""
+        return self._table.next_due_ns
+
+    def _settle(self, changed: list[Entry]) -> dict[int, EdgeholdError]:
+        """Set what changed, or everything where it is crowded. Returns why waiting threads could not be taken in."""
+        if not changed and not self.grants.compressed:
+            return {}
+        refused = self.grants.apply(changed)
+        for entry in (*changed, *self.grants.lost):
+            thread, one = entry.thread, entry.attached
+            if isinstance(refused.get(thread.tid), GoneError):
+                if thread.tid in one.threads:
+                    self._ended(one, thread)
+            elif thread.state is ThreadState.HELD:
+                self._held(one, thread)
+            else:
+                self._waits(one, thread)
+        return refused
+
+    def _waits(self, one: Attached, thread: Thread) -> None:
+        one.waiting.add(thread.tid)
+        self._waiting[one.id] = one
+
+    def _held(self, one: Attached, thread: Thread) -> None:
+        one.waiting.discard(thread.tid)
+        if not one.waiting:
+            self._waiting.pop(one.id, None)
+
+    def _end(self) -> None:
+        """Attachments whose target is over and whose last thread ended."""
+        over, self._over = self._over, []
+        for one in over:
+            if one.id in self.attachments and one.source.over and not one.threads:
+                log.info("attachment %d is over: %s", one.id, one.source.over)
+                self.release(one)
+                self.on_over(one)
+
+    def _look_at(self, one: Attached, *, everything: bool) -> list[Entry]:
+        """The target's threads as they are now; those of it for whom something is to be set."""
+        changed: list[Entry] = []
+        if one.source.suspended != one.suspended:
+            one.suspended = one.source.suspended
+            changed += self._suspend(one)
+        if everything or one.source.changed() or one.source.over:
             try:
                 self._rescan(one)
             except OSError as error:
@@ -90,86 +262,110 @@ class Monitor:
                 one.trouble = no_descriptor().message  # what is known stays, and is looked at again in the next cycle
             else:
                 one.trouble = ""
-        # Decreases first; sorting keeps the order of the rest.
-        for thread, one, wanted in sorted(self._look(), key=lambda change: change[2] >= change[0].budget_ns):
-            self._change(thread, one, wanted)
-        for one in list(self.attachments.values()):
-            if one.source.over and not one.threads:
-                log.info("attachment %d is over: %s", one.id, one.source.over)
-                self.release(one)
-        self._holder.prune()
-        self._metrics.cycles.inc()
-        self._metrics.update(self.attachments.values())
+        if one.source.over:
+            self._over.append(one)
+        return changed
 
-    def _look(self) -> list[Change]:
-        """Sample every held thread, care for the ended and the stuck, and ask the rules of the others."""
-        samples = self._holder.sampler.sample()
-        changes: list[Change] = []
-        room = max(self._history * _FULL_HISTORIES // max(len(self._owners), _FULL_HISTORIES), 1)
-        for one in self.attachments.values():
-            one.cycles += 1
-            for thread in list(one.threads.values()):
-                while len(thread.history) > room:
-                    thread.history.popleft()
-                sample = samples.get(thread.tid)
-                if sample is None:
-                    continue  # only held ones are sampled
-                gone = sample.errno == errno.ESRCH
-                verdict = Verdict.ENDED if gone else watchdog.judge(thread, sample, period_ns=one.config.period_ns)
-                if verdict is Verdict.ENDED:
+    def _try_again(self, one: Attached) -> list[Entry]:
+        """Those who wait and whose time has come."""
+        changed: list[Entry] = []
+        for tid in sorted(one.waiting):
+            thread = one.threads[tid]
+            try:
+                if thread.try_at_ns is None:
+                    self._holder.check_alive(thread)  # nobody samples one that somebody else took
+                elif thread.try_at_ns <= self._clock.monotonic_ns():
+                    changed.append(Entry(thread, one))
+                    self.grants.count(changed[-1])
+            except GoneError:
+                self._ended(one, thread)
+        return changed
+
+    def _suspend(self, one: Attached) -> list[Entry]:
+        """A guest was suspended or resumed: its rules stand still, its budgets go to the floor and come back."""
+        entries = []
+        for thread in one.threads.values():
+            if thread.row >= 0:
+                cells = thread.cells
+                cells.flags = cells.flags | FROZEN if one.suspended else cells.flags & ~FROZEN
+            entries.append(Entry(thread, one))
+            self.grants.count(entries[-1])
+        return entries
+
+    def _do(self, todo: list[RawTodo]) -> list[Entry]:
+        """What a pass over the table found."""
+        changed: list[Entry] = []
+        for row, what, error, _ in todo:
+            thread = self._holder.rows[row]
+            one = self._owners[thread.tid]
+            try:
+                if what & GONE:
                     self._ended(one, thread)
-                elif verdict is Verdict.STUCK:
-                    self._holder.revive(thread, one)
-                elif (wanted := self._measure(thread, one, sample)) is not None:
-                    changes.append((thread, one, wanted))
-        return changes
+                elif what & ERROR:
+                    raise OSError(error, f"schedstat of thread {thread.tid}")
+                elif what & TAKEN:
+                    self._taken(one, thread)
+                elif what & LOOK and watchdog.is_stuck(thread, self._clock.monotonic_ns()):
+                    self._stuck(one, thread)
+                elif what & CHANGE and thread.state is ThreadState.HELD:
+                    changed.append(Entry(thread, one))
+                    self.grants.count(changed[-1])
+            except GoneError:
+                self._ended(one, thread)
+        return changed
 
     def _rescan(self, one: Attached) -> dict[int, EdgeholdError]:
-        """Take in new threads, try those that wait, drop those that the target does not have any more."""
-        now = self._clock.monotonic_ns()
+        """Take note of new threads, and drop those that the target does not have any more."""
         tids = one.source.tids()
+        if one.policy.actuator is not Actuator.DEADLINE:
+            return {}  # asking keeps the source up to date
         for tid in one.threads.keys() - set(tids):
             self._drop(one, one.threads[tid])
         one.left_out = 0
+        one.denied = ""
         refused: dict[int, EdgeholdError] = {}
         for tid in tids:
+            if tid in one.threads:
+                continue
             try:
-                thread = one.threads.get(tid) or self._found(one, tid)
-                if thread is not None and thread.try_at_ns is None and thread.state is ThreadState.WAITING:
-                    self._holder.check_alive(thread)  # nobody samples one that somebody else took
-                if thread is not None and thread.try_at_ns is not None and thread.try_at_ns <= now:
-                    error = self._holder.enter(thread, one)
-                    if error is not None:
-                        refused[tid] = error
+                self._found(one, tid)
+            except DeniedError as error:
+                one.denied = error.message
+                refused[tid] = error
             except GoneError as error:
-                if tid in one.threads:
-                    self._ended(one, one.threads[tid])
-                else:
-                    one.source.forget(tid)
+                one.source.forget(tid)
                 refused[tid] = error
         return refused
 
-    def _found(self, one: Attached, tid: int) -> Thread | None:
-        """A thread that the target has and we did not know. None: it is another attachment's, or there is no room."""
+    def _found(self, one: Attached, tid: int) -> None:
+        """A thread that the target has and we did not know; not if it is another attachment's, or there is no room."""
         if tid in self._owners:
-            return None
+            return
         if len(self._owners) >= self._max_threads:
             one.left_out += 1
-            return None
+            return
         facts = procfs.stat(tid)
         if facts.ended:
             raise GoneError(f"thread {tid} has ended")
-        thread = Thread(tid, facts.start_ticks, facts.name, ReferenceRule(one.config), deque())
+        if self._deny is not None and (why := self._deny.why(tid)):
+            raise DeniedError(why)
+        thread = Thread(tid, facts.start_ticks, facts.name, one.config, self._table)
+        thread.first_ns = one.config.initial_budget_ns
+        thread.period_origin = _origin(one.policy)
         one.threads[tid] = thread
         self._owners[tid] = one
-        return thread
+        self._tids = None
+        if one.policy.dry_run:
+            self._holder.watch(thread, one)
+        else:
+            self._waits(one, thread)
+            self.grants.count(Entry(thread, one))
 
     def _drop(self, one: Attached, thread: Thread) -> None:
         try:
-            self._holder.leave(thread, one)
+            self._holder.leave(thread)
         finally:
-            del one.threads[thread.tid]
-            del self._owners[thread.tid]
+            self._forgotten(one, thread)
 
     def _drop_all(self, one: Attached, all_of_them: contextlib.ExitStack) -> None:
         """At the block's end; an error of one thread is raised when all had their turn."""
@@ -178,42 +374,37 @@ class Monitor:
 
     def _ended(self, one: Attached, thread: Thread) -> None:
         self._holder.forget(thread)
-        del one.threads[thread.tid]
-        del self._owners[thread.tid]
+        self._forgotten(one, thread)
         one.source.forget(thread.tid)
+        if one.source.over:
+            self._over.append(one)
 
-    def _measure(self, thread: Thread, one: Attached, sample: ThreadSample) -> int | None:
-        """What the rule wants after this window; None while the window is too short to say anything."""
-        base = thread.base
-        if base is None:
-            thread.base = sample
-            return None
-        elapsed = sample.time_ns - base.time_ns
-        period = one.config.period_ns
-        if elapsed < max(period, self._cycle_ns // 2):
-            return None
-        thread.base = sample
-        thread.executed_ns = (sample.executed_ns - base.executed_ns) * period // elapsed
-        thread.run_delay_ns = (sample.run_delay_ns - base.run_delay_ns) * period // elapsed
-        return thread.rule.step(thread.executed_ns)
+    def _forgotten(self, one: Attached, thread: Thread) -> None:
+        self.grants.without(thread)
+        del one.threads[thread.tid]
+        self._held(one, thread)
+        del self._owners[thread.tid]
+        self._tids = None
 
-    def _change(self, thread: Thread, one: Attached, wanted: int) -> None:
-        try:
-            if abs(wanted - thread.budget_ns) < _LEAST_CHANGE_NS:
-                thread.reason = ""
-                self._holder.check_ours(thread, one)
-            else:
-                self._holder.change(thread, one, wanted)
-        except GoneError:
-            self._ended(one, thread)
-            return
-        thread.history.append(
-            Sample(
-                time_ns=thread.base.time_ns if thread.base else self._clock.monotonic_ns(),
-                tid=thread.tid,
-                budget_ns=thread.budget_ns,
-                executed_ns=thread.executed_ns,
-                run_delay_ns=thread.run_delay_ns,
-                multiplier=thread.rule.multiplier,
-            )
-        )
+    def _taken(self, one: Attached, thread: Thread) -> None:
+        self._holder.check_alive(thread)
+        self._holder.taken(thread)
+        self.grants.without(thread)
+        self._waits(one, thread)
+
+    def _stuck(self, one: Attached, thread: Thread) -> None:
+        self._holder.revive(thread)
+        self.grants.without(thread)
+        self._waits(one, thread)
+
+    def _entries(self) -> Iterator[Entry]:
+        """Everybody who is held or could be now."""
+        now = self._clock.monotonic_ns()
+        for tid, one in self._owners.items():
+            thread = one.threads[tid]
+            if thread.state is ThreadState.HELD or (thread.try_at_ns is not None and thread.try_at_ns <= now):
+                yield Entry(thread, one)
+
+
+def _origin(policy: Policy) -> PeriodOrigin:
+    return PeriodOrigin.OBSERVING if policy.period_ns == "auto" else PeriodOrigin.GIVEN

@@ -9,7 +9,7 @@ import contextlib
 import logging
 from pathlib import Path
 
-from edgehold.api.vmand import Mode, VmandClient
+from edgehold.api.vmand import Mode, State, VmandClient
 from edgehold.errors import DeniedError, EdgeholdError, NotFoundError, UnavailableError
 from edgehold.kernel import procfs
 from edgehold.kernel.procfs import GoneError
@@ -30,10 +30,16 @@ class PartitionSource:
         self.partition = partition
         self.over = ""
         self.reason = ""
+        self.suspended = False
         self._tids: tuple[int, ...] = ()
+        self._told: tuple[int, ...] = ()
         self._link = link
 
+    def changed(self) -> bool:
+        return self._tids != self._told
+
     def tids(self) -> tuple[int, ...]:
+        self._told = self._tids
         return self._tids
 
     def forget(self, tid: int) -> None:
@@ -57,6 +63,7 @@ class PartitionSource:
                 "no reservation, and the kernel gives none to a pinned thread (EPERM). Create it with mode shared to "
                 "size it by deadlined"
             )
+        self.suspended = status.state is State.SUSPENDED
         vcpus = await vmand.vcpus(self.partition)
         self._tids = tuple(vcpu.tid for vcpu in vcpus if status.pid is None or _belongs(vcpu.tid, status.pid))
         self.reason = "" if self._tids else f"partition {self.partition} is {status.state.value}: no vCPU runs"

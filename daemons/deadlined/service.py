@@ -1,7 +1,7 @@
 """deadlined as a whole: opens the journal, puts right what was left behind, runs the cycle, carries out requests.
 
 Everything that changes a policy runs on the event loop's thread and without a wait in the middle, so that requests and
-cycles never mix. Only two things wait: asking vmand, and the probe of the capacity in a child process.
+cycles never mix. What waits is asking others (vmand, libvirt, systemd) and the capacity's probe in a child process.
 """
 
 import asyncio
@@ -11,22 +11,56 @@ import os
 import resource
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 from deadlined import api
-from deadlined.config import Settings
-from deadlined.held import Attached, rule_config
+from deadlined.auto import Periods
+from deadlined.ceilings import Ceilings
+from deadlined.cgroups import open_cgroup
+from deadlined.config import Settings, policy_of
+from deadlined.deny import Deny
+from deadlined.domains import LibvirtLink
+from deadlined.groups import Groups
+from deadlined.guard import Guard
+from deadlined.held import Attached
 from deadlined.holder import Holder, no_descriptor
 from deadlined.journal import Journal
+from deadlined.keep import Keep, Kept
 from deadlined.metrics import Metrics
-from deadlined.monitor import Monitor
+from deadlined.monitor import FULL_HISTORIES, Monitor
+from deadlined.observer import Observer
 from deadlined.partitions import VmandLink
+from deadlined.rules import rule_config
+from deadlined.standing import PendingSource, open_in_time
 from deadlined.targets import Source, open_local
-from edgehold.api.deadlined import Attachment, AttachmentDetail, AttachRequest, Capacity, Target, TargetKind
+from deadlined.tasks import Tasks
+from deadlined.trees import open_tree
+from deadlined.units import Units
+from edgehold.api.deadlined import (
+    DURABLE,
+    GROUPS,
+    Actuator,
+    Attachment,
+    AttachmentDetail,
+    AttachRequest,
+    Capacity,
+    Policy,
+    Target,
+    TargetKind,
+)
 from edgehold.clock import NS_PER_MS, NS_PER_S
-from edgehold.errors import BadRequestError, BadStateError, NoCapacityError, NotFoundError, UnavailableError
-from edgehold.kernel import capacity, procfs, sched
+from edgehold.errors import (
+    BadRequestError,
+    BadStateError,
+    EdgeholdError,
+    NoCapacityError,
+    NotFoundError,
+    UnavailableError,
+)
+from edgehold.kernel import capacity, procfs
+from edgehold.kernel.births import Births
 from edgehold.kernel.capacity import Found
-from edgehold.kernel.sched import Flag, Policy, SchedAttr
+from edgehold.kernel.native_held import HeldTable
 from edgehold.service import Runtime
 from edgehold.systemd.activation import listen_sockets
 from edgehold.wire.http import application, serve
@@ -38,19 +72,6 @@ log = logging.getLogger(__name__)
 _SPARE_DESCRIPTORS = 256
 # A younger result of the capacity probe is as good as a new one.
 _PROBE_KEPT_NS = NS_PER_S
-
-
-def become_real_time() -> str:
-    """Put this process above ordinary load, so that a busy host does not blur the samples. Returns what it is now.
-
-    The lowest real-time priority is enough; children (the capacity probe) begin as ordinary processes.
-    """
-    try:
-        sched.set_attr(0, SchedAttr(policy=Policy.FIFO, priority=1, flags=Flag.RESET_ON_FORK))
-    except OSError as error:
-        why = "it lacks CAP_SYS_NICE, or its cgroup has no real-time share" if error.errno == 1 else str(error)
-        return f"{sched.get()}: SCHED_FIFO was refused ({why}); samples are less exact on a busy host"
-    return str(sched.get())
 
 
 def descriptor_room(wanted_threads: int) -> int:
@@ -76,73 +97,134 @@ class Service:
         self._probing = asyncio.Lock()
         self._probed: Found | None = None
         self._probed_at_ns = 0
+        self._measure = asyncio.Event()
+        self._soon = asyncio.Event()
+        """A window ends earlier than the cycle's task thinks."""
+        self._opening: dict[int, asyncio.Task[None]] = {}
         self._closing = False
+        clock, cycle_ns = runtime.clock, settings.cycle_ms * NS_PER_MS
         self.metrics = Metrics()
-        self.policy = become_real_time()
+        self.guard = Guard(clock, self.metrics)
         self.journal = Journal(Path(settings.state_dir), boot_id=procfs.boot_id())
-        self.holder = Holder(clock=runtime.clock, journal=self.journal, metrics=self.metrics)
+        self.keep = Keep(Path(settings.state_dir) / "attachments.json")
+        short_ns = settings.fast_cycle_ms * NS_PER_MS
+        table = HeldTable(history=settings.history * FULL_HISTORIES, cycle_ns=cycle_ns, short_ns=short_ns)
+        self.holder = Holder(clock=clock, journal=self.journal, metrics=self.metrics, table=table, short_ns=short_ns)
+        self.tasks = Tasks(clock)
+        groups = Groups(clock=clock, journal=self.journal, table=table, cycle_ns=cycle_ns)
+        self.ceilings = Ceilings(ours=groups)
         self.monitor = Monitor(
-            clock=runtime.clock,
+            clock=clock,
             holder=self.holder,
             metrics=self.metrics,
-            cycle_ns=settings.cycle_ms * NS_PER_MS,
+            tasks=self.tasks,
+            groups=groups,
             history=settings.history,
             max_threads=descriptor_room(settings.max_threads),
+            deny=Deny(settings.deny),
         )
+        self.monitor.on_over = self._over
+        self.metrics.tell(self.monitor.attachments.values, lambda: self.monitor.grants.total)
+        self.periods = Periods(self.monitor, Observer(clock=clock), every_s=settings.cycle_ms / 1000)
+        self.births = Births(clock=clock)
         self.vmand = VmandLink(Path(settings.vmand_socket))
-        self._last_cycle_ns = runtime.clock.monotonic_ns()
+        self.libvirt = LibvirtLink(self.vmand, vmand_socket=Path(settings.vmand_socket))
+        self.units = Units(self.births)
+        self._last_cycle_ns = clock.monotonic_ns()
+
+    def recover(self) -> None:
+        """Put right what a killed predecessor left behind. Raises `EdgeholdError`."""
+        self.holder.recover()
+        self.monitor.groups.recover()
+
+    def begin(self) -> None:
+        """Attach what is to be attached at every start; it waits where its target is not there."""
+        configured = [(one.target, policy_of(one.policy, self._settings.policy)) for one in self._settings.attach]
+        targets = [target for target, _ in configured]
+        for one in self.keep.all():
+            if one.target not in targets:
+                self._stand(one.id, one.target, one.policy)
+        for target, policy in configured:
+            self._stand(self._number(), target, policy)
+        self.monitor.grants.probe_soon()
+        self._measure.set()
 
     async def attach(self, request: AttachRequest) -> Attachment:
         """Hold a target from now on; see `DeadlinedClient.attach` for what it raises."""
-        config = rule_config(request.policy)
-        if problem := config.problem():
-            raise BadRequestError(f"policy: {problem}")
-        self._check_new(request.target)
-        source = await self._open(request.target)
+        target, policy = request.target, api.policy(request.policy, self._settings.policy)
+        self._check_policy(target, policy)
+        self._check_new(target)
+        source = await self._open(target)
         try:
             async with self._probing:
-                self._check_new(request.target)  # the waits above let others in
+                self._check_new(target)  # the waits above let others in
+                number = self._number()
                 with _descriptors():
-                    one, refused = self.monitor.adopt(self.journal.number(), request.target, request.policy, source)
+                    one, refused = self.monitor.adopt(number, target, policy, source)
         except BaseException:
             source.close()
             raise
+        self._soon.set()
         held_or_waiting = [tid for tid in one.threads if tid not in refused]
-        if refused and not held_or_waiting:
+        if refused and not held_or_waiting and not all(isinstance(why, NoCapacityError) for why in refused.values()):
             self.monitor.release(one)
             raise next(iter(refused.values()))
-        log.info("attached %s %d", one.target.kind.value, one.target.id, extra={"attachment": one.id})
-        return one.message()
+        if target.kind in DURABLE:
+            try:
+                self.keep.put(Kept(id=one.id, target=target, policy=policy))
+            except EdgeholdError:
+                self.monitor.release(one)
+                raise
+        log.info("attached %s", one.target, extra={"attachment": one.id})
+        return self.monitor.message(one)
+
+    def change(self, number: int, given: dict[str, Any]) -> Attachment:
+        """Size an attachment's budgets by another policy from now on.
+
+        Raises:
+            NotFoundError: no such attachment.
+            BadRequestError: the policy can't be, or not without attaching anew.
+        """
+        one = self._one(number)
+        policy = api.policy(given, one.policy)
+        self._check_policy(one.target, policy)
+        for name in ("actuator", "dry_run"):
+            if getattr(policy, name) != getattr(one.policy, name):
+                raise BadRequestError(f"policy: {name} can't be changed in place; detach {number} and attach it anew")
+        if one.target.kind in DURABLE and any(kept.id == number for kept in self.keep.all()):
+            self.keep.put(Kept(id=number, target=one.target, policy=policy))
+        self.monitor.change(one, policy)
+        log.info("changed the policy of %s", one.target, extra={"attachment": number})
+        return self.monitor.message(one)
 
     def detach(self, number: int) -> None:
-        """Give every thread its own policy back. Raises `NotFoundError`."""
+        """Give every thread its own policy back. Raises `NotFoundError`, `FailedError`: it would be back."""
         one = self._one(number)
+        self.keep.drop(number)
+        self._stop_opening(number)
         self.monitor.release(one)
-        log.info("detached %s %d", one.target.kind.value, one.target.id, extra={"attachment": number})
+        log.info("detached %s", one.target, extra={"attachment": number})
 
     def attachments(self) -> list[Attachment]:
         """All of them, by id."""
-        return [one.message() for _, one in sorted(self.monitor.attachments.items())]
+        return [self.monitor.message(one) for _, one in sorted(self.monitor.attachments.items())]
 
     def detail(self, number: int, last: int | None = None) -> AttachmentDetail:
         """One with its history, all or the last samples of it. Raises `NotFoundError`."""
         one = self._one(number)
-        return AttachmentDetail(attachment=one.message(), history=one.history(last))
+        return AttachmentDetail(attachment=self.monitor.message(one), history=self.monitor.history(one, last))
 
     async def capacity(self) -> Capacity:
         """Probe what is left, in a child process. Raises `EdgeholdError`."""
         found = await self._probe()
-        held = sum(
-            thread.budget_ns / one.config.period_ns
-            for one in self.monitor.attachments.values()
-            for thread in one.threads.values()
-        )
         return Capacity(
             cpus=found.cpus,
             available=found.available,
-            held=held,
+            held=self.monitor.held_cpus(),
+            wanted=self.monitor.grants.wanted,
             resolution=found.resolution,
-            monitor_policy=self.policy,
+            monitor_policy=str(self.guard),
+            sampler=str(self.tasks),
         )
 
     async def _probe(self) -> Found:
@@ -150,10 +232,28 @@ class Service:
         async with self._probing:
             now = self._runtime.clock.monotonic_ns()
             if self._probed is None or now - self._probed_at_ns >= _PROBE_KEPT_NS:
-                with _descriptors():
-                    self._probed = await capacity.probe_in_child()
+                grants = self.monitor.grants
+                before = self.monitor.held_cpus()
+                grants.probing = True
+                try:
+                    with _descriptors():
+                        self._probed = await capacity.probe_in_child()
+                finally:
+                    grants.probing = False
                 self._probed_at_ns = self._runtime.clock.monotonic_ns()
+                grants.measured(self._probed.available + min(before, self.monitor.held_cpus()))
             return self._probed
+
+    async def measure(self) -> None:
+        """For ever: probe the capacity when the monitor wants to know it."""
+        while True:
+            await self._measure.wait()
+            self._measure.clear()
+            try:
+                await self._probe()
+            except EdgeholdError as error:
+                log.warning("the capacity can't be measured, so the kernel alone refuses what does not fit: %s", error)
+                self.monitor.grants.measured(None)
 
     def health(self) -> None:
         """Raises `UnavailableError` when the cycle does not turn."""
@@ -162,20 +262,44 @@ class Service:
             raise UnavailableError(f"the last monitoring cycle was {late / NS_PER_S:.0f} s ago")
 
     async def cycles(self) -> None:
-        """For ever: a cycle at each multiple of T since the start; a late one leaves out what it missed."""
+        """For ever: a cycle at each multiple of T since the start, short windows in between when they end.
+
+        A cycle that comes too late leaves out what it missed.
+        """
         period = self._settings.cycle_ms * NS_PER_MS
         clock = self._runtime.clock
         due = clock.monotonic_ns() + period
         while True:
-            await asyncio.sleep(max(due - clock.monotonic_ns(), 0) / NS_PER_S)
+            self._soon.clear()
+            short_ns = self.monitor.next_due_ns
+            await self._sleep_until(min(due, short_ns) if short_ns else due)
             begin = clock.monotonic_ns()
+            if begin < due:
+                if (short_ns := self.monitor.next_due_ns) and begin >= short_ns:
+                    self.monitor.short()
+                continue
+            self.ceilings.refresh(begin, self.monitor.tids())
+            self.monitor.grants.limits = self.ceilings.limits()
             self.monitor.cycle()
             self._last_cycle_ns = clock.monotonic_ns()
             self.metrics.busy.inc((self._last_cycle_ns - begin) / NS_PER_S)
+            self.guard.check()
+            if self.monitor.grants.probe_wanted():
+                self._measure.set()
             due += period
             if (missed := (self._last_cycle_ns - due) // period + 1) > 0:
                 self.metrics.overruns.inc(missed)
                 due += missed * period
+
+    async def _sleep_until(self, due_ns: int) -> None:
+        """Until then, or until a window begins that ends earlier."""
+        left = (due_ns - self._runtime.clock.monotonic_ns()) / NS_PER_S
+        if left <= 0:
+            await asyncio.sleep(0)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(left):
+                await self._soon.wait()
 
     def close(self) -> None:
         """Restore everything; nothing is attached any more after that."""
@@ -184,15 +308,66 @@ class Service:
         self._closing = True
         with contextlib.ExitStack() as whatever_fails:
             whatever_fails.callback(self.journal.close)
-            whatever_fails.callback(self.holder.sampler.close)
-            for one in self.monitor.attachments.values():
+            whatever_fails.callback(self.births.close)
+            whatever_fails.callback(self.tasks.close)
+            for number in list(self._opening):
+                whatever_fails.callback(self._stop_opening, number)
+            for one in list(self.monitor.attachments.values()):
                 whatever_fails.callback(self.monitor.release, one)
+
+    def _number(self) -> int:
+        """A new number; above all that are kept, whatever the journal remembers."""
+        number = self.journal.number()
+        while number <= max((one.id for one in self.keep.all()), default=0):
+            number = self.journal.number()
+        return number
 
     def _one(self, number: int) -> Attached:
         one = self.monitor.attachments.get(number)
         if one is None:
             raise NotFoundError(f"no attachment {number}; it was detached, or its target ended")
         return one
+
+    def _over(self, one: Attached) -> None:
+        """An attachment ended by itself."""
+        try:
+            self.keep.drop(one.id)
+        except EdgeholdError as error:
+            log.error("attachment %d is over and will be looked for after a restart: %s", one.id, error)  # noqa: TRY400
+
+    def _stand(self, number: int, target: Target, policy: Policy) -> None:
+        """Attach a target as soon as it can be opened."""
+        one, _ = self.monitor.adopt(number, target, policy, PendingSource(target))
+        work = open_in_time(one, lambda: self._open(target, must_exist=False), self._follow)
+        self._opening[number] = asyncio.create_task(work, name=f"attachment {number}")
+
+    def _follow(self, one: Attached, source: Source) -> None:
+        try:
+            with _descriptors():
+                self.monitor.follow(one, source)
+        except EdgeholdError as error:
+            log.error("attachment %d, %s: %s", one.id, one.target, error)  # noqa: TRY400
+            one.trouble = error.message
+        self._soon.set()
+
+    def _stop_opening(self, number: int) -> None:
+        task = self._opening.pop(number, None)
+        if task is not None:
+            task.cancel()
+
+    @staticmethod
+    def _check_policy(target: Target, policy: Policy) -> None:
+        group = policy.actuator is not Actuator.DEADLINE
+        if group and target.kind not in GROUPS:
+            raise BadRequestError(
+                f"policy: actuator {policy.actuator.value} is of a whole cgroup: attach a unit or a cgroup, or use the "
+                f"actuator deadline for a {target.kind.value}"
+            )
+        if group and policy.period_ns == "auto":
+            raise BadRequestError("policy: period_ns auto is for threads; give a group's period")
+        config = rule_config(policy, cpus=(os.cpu_count() or 1) if group else 1)
+        if problem := config.problem():
+            raise BadRequestError(f"policy: {problem}")
 
     def _check_new(self, target: Target) -> None:
         if self._closing:
@@ -203,18 +378,25 @@ class Service:
             )
         same = [one.id for one in self.monitor.attachments.values() if one.target == target]
         if same:
-            raise BadStateError(f"{target.kind.value} {target.id} is attached already, as attachment {same[0]}")
+            raise BadStateError(f"{target} is attached already, as attachment {same[0]}")
         if target.kind is TargetKind.THREAD and (owner := self.monitor.owner(target.id)) is not None:
-            raise BadStateError(
-                f"thread {target.id} is held already: attachment {owner.id} has the {owner.target.kind.value} "
-                f"{owner.target.id}"
-            )
+            raise BadStateError(f"thread {target.id} is held already: attachment {owner.id} has the {owner.target}")
 
-    async def _open(self, target: Target) -> Source:
-        if target.kind is TargetKind.PARTITION:
-            return await self.vmand.open(target.id)
+    async def _open(self, target: Target, *, must_exist: bool = True) -> Source:
         with _descriptors():
-            return open_local(target)
+            match target.kind:
+                case TargetKind.PARTITION:
+                    return await self.vmand.open(target.id)
+                case TargetKind.DOMAIN:
+                    return await self.libvirt.open(target.name, target.uri)
+                case TargetKind.UNIT:
+                    return await self.units.open(target.name, must_exist=must_exist)
+                case TargetKind.CGROUP:
+                    return open_cgroup(target.name, births=self.births, must_exist=must_exist)
+                case TargetKind.TREE:
+                    return open_tree(target.id, births=self.births)
+                case _:
+                    return open_local(target)
 
 
 @contextlib.contextmanager
@@ -238,13 +420,18 @@ async def lifespan(runtime: Runtime, settings: Settings) -> AsyncIterator[None]:
     roles = Roles.from_groups(read=settings.access.read, operate=settings.access.operate)
     service = Service(runtime, settings)
     try:
-        service.holder.recover()
+        service.recover()
         app = application(api.routes(service), roles=roles, registry=service.metrics.registry, health=service.health)
         passed = next((sockets[0] for sockets in listen_sockets().values() if sockets), None)
         async with serve(app, passed or _socket_path(settings), mode=socket_mode(roles)):
             runtime.spawn(service.cycles(), name="cycles")
+            runtime.spawn(service.measure(), name="capacity")
+            runtime.spawn(service.periods.run(), name="periods")
             runtime.spawn(service.vmand.run(), name="vmand")
-            log.info("monitoring every %d ms as %s (pid %d)", settings.cycle_ms, service.policy, os.getpid())
+            runtime.spawn(service.libvirt.run(), name="libvirt")
+            runtime.spawn(service.units.run(), name="units")
+            service.begin()
+            log.info("monitoring every %d ms as %s (pid %d)", settings.cycle_ms, service.guard, os.getpid())
             yield
             await runtime.cancel_tasks()
     finally:

@@ -7,8 +7,7 @@
 #          (BUILD_DIR: argument, else $BUILD, else <repo>/build); images/trixie/run.sh runs commands of it
 # Packages are unpacked, not installed: no debootstrap, no maintainer script, no loop device, no root.
 # Needs nothing beyond what every Debian has: apt, dpkg, util-linux, mawk or gawk, coreutils, findutils.
-# From where: the mirror that the host's own apt sources have for Debian, or TRIXIE_MIRROR=URI; signed by Debian's keys.
-# How it is cached: images/apt.sh.
+# From where they come: images/suite.sh. How it is cached: images/apt.sh.
 set -euo pipefail
 export LC_ALL=C
 
@@ -16,63 +15,20 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 build=${1:-${BUILD:-$here/../../build}}
 # shellcheck source=images/apt.sh
 source "$here/../apt.sh"
+# shellcheck source=images/suite.sh
+source "$here/../suite.sh"
 
 label=trixie
 suite=trixie
 arch=$(dpkg --print-architecture)
 out=$build/.trixie
 link=$build/trixie
-sources=("$here/build.sh" "$here/../apt.sh")
+sources=("$here/build.sh" "$here/../apt.sh" "$here/../suite.sh")
 results=(root/usr/bin/virsh root/usr/bin/sh)
 tools=()
 # virsh, and what a script needs that `virsh edit` takes for an editor.
 wanted=(libvirt-clients dash sed coreutils)
-keys=/usr/share/keyrings/debian-archive-keyring.gpg
-
-# An apt of our own: the host's lists, packages and preferences are neither used nor changed.
-mkdir -p "$out"/.apt/{lists/partial,cache/archives/partial}
-own=$(cd "$out/.apt" && pwd -P)
-: >"$own/status"
-apt_options=(
-    -o "APT::Architecture=$arch" -o "APT::Architectures::=$arch" -o "APT::Sandbox::User=$(id -un)"
-    -o "Dir::Etc::sourcelist=$own/sources.list" -o "Dir::Etc::sourceparts=/dev/null"
-    -o "Dir::Etc::preferences=/dev/null" -o "Dir::Etc::preferencesparts=/dev/null"
-    -o "Dir::State::Lists=$own/lists" -o "Dir::State::status=$own/status" -o "Dir::Cache=$own/cache"
-    # Some hosts switch it off, and apt is asked twice.
-    -o "Dir::Cache::pkgcache=pkgcache.bin"
-)
-
-# mirror: prints the first mirror of Debian itself. apt reads its sources, so each of their formats will do.
-mirror() {
-    if [[ -n ${TRIXIE_MIRROR:-} ]]; then
-        echo "$TRIXIE_MIRROR"
-        return
-    fi
-    # shellcheck disable=SC2016 # apt-get expands it
-    apt-get indextargets --format '$(ORIGIN)|$(LABEL)|$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
-        awk -F'|' '$1 == "Debian" && $2 == "Debian" && !found { print $3; found = 1 }'
-}
-
-# write_sources: false if there is no mirror.
-write_sources() {
-    local uri signed=
-    uri=$(mirror)
-    [[ -n $uri ]] || return 1
-    [[ ! -e $keys ]] || signed="[signed-by=$keys] "
-    echo "deb ${signed}$uri $suite main" >"$own/sources.list"
-}
-
-update_lists() {
-    say "apt-get update ($1)"
-    if ! write_sources; then
-        # Only lists that were fetched tell whose they are.
-        [[ $(id -u) -ne 0 ]] || apt-get -q update >&2 || say "apt-get update reported errors"
-        write_sources || die "apt knows no mirror of Debian: run 'apt-get update' as root if the host's apt sources" \
-            "have one, else name one: TRIXIE_MIRROR=URI"
-    fi
-    apt-get "${apt_options[@]}" -q update >&2 || die "apt-get update failed for $suite of $(mirror): where the mirror" \
-        "has no $suite, name one that has: TRIXIE_MIRROR=URI; where a key is missing, install debian-archive-keyring"
-}
+own_apt
 
 # All in one go: an apt-get for each of seventy packages takes longer than their download.
 fetch_all() {

@@ -6,6 +6,7 @@ Their state is in a mount namespace of their own: the host's libvirt, if it has 
 import asyncio
 import contextlib
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator
@@ -114,9 +115,20 @@ class Libvirt:
             unshare = ["unshare", "--mount", "--propagation", "unchanged", "sh", "-c", _NAMESPACE, "sh"]
             self._logger = subprocess.Popen([*unshare, "virtlogd", "-p", str(ready)], stdout=log, stderr=log)
             eventually(ready.exists, timeout_s=_READY_S, what=f"virtlogd runs: {self._log()}")
-            # Entering a mount namespace leads out of a chroot: its root is entered too.
-            nsenter = ["nsenter", "--mount", "--root", "--wd", "--target", str(self._logger.pid)]
-            argv = ["libvirtd", "-f", str(config), "-p", str(self.directory / "libvirtd.pid")]
+        self.start_libvirtd()
+
+    def start_libvirtd(self) -> None:
+        """Start libvirtd, for the first time or after `kill_libvirtd`; virtlogd runs already.
+
+        Raises:
+            AssertionError: it did not come up.
+        """
+        if self._logger is None:
+            raise AssertionError("virtlogd is not running: begin with start()")
+        # Entering a mount namespace leads out of a chroot: its root is entered too.
+        nsenter = ["nsenter", "--mount", "--root", "--wd", "--target", str(self._logger.pid)]
+        argv = ["libvirtd", "-f", str(self.directory / "libvirtd.conf"), "-p", str(self.directory / "libvirtd.pid")]
+        with (self.directory / "log").open("ab") as log:
             self._daemon = subprocess.Popen([*nsenter, *argv], stdout=log, stderr=log)
         answers = ["virsh", "-c", self.uri, "list"]
         eventually(
@@ -124,6 +136,17 @@ class Libvirt:
             timeout_s=_READY_S,
             what=f"libvirtd answers: {self._log()}",
         )
+
+    def kill_libvirtd(self) -> None:
+        """End libvirtd by force; its guests and virtlogd stay."""
+        if self._daemon is not None:
+            self._daemon.kill()
+            self._daemon.wait()
+
+    def signal_libvirtd(self, number: signal.Signals) -> None:
+        """SIGSTOP makes it hang."""
+        if self._daemon is not None:
+            self._daemon.send_signal(number)
 
     def stop(self) -> None:
         """End the domain and both daemons."""

@@ -154,6 +154,21 @@ def dl_runtime(tid: int) -> int | None:
         return None
 
 
+def schedstat(fd: int) -> tuple[int, int]:
+    """Executed and waited time of a thread in nanoseconds, through its open schedstat (`open_thread`).
+
+    Raises:
+        GoneError: it ended.
+    """
+    try:
+        executed, waited, _slices = os.pread(fd, 64, 0).split()
+    except OSError as error:
+        if is_gone(error):
+            raise GoneError("the thread ended") from None
+        raise
+    return int(executed), int(waited)
+
+
 def boot_id() -> str:
     """This boot's identity: thread ids and start times mean nothing across it."""
     return (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -5,6 +5,7 @@ host's files as they are (9p, read-only); what it writes stays in its memory and
 cgroup v2 has every controller, and it has no network. The kernel and how it starts: images/testkernel.
 
     python -m edgehold.testing.rig -cpus 4 -- .venv/bin/python -m pytest tests/guest
+    python -m edgehold.testing.rig -kernel 6.12 -- uname -r
 
 Needs root (the files that root alone may read are part of the tree), qemu-system-x86_64 and `make testkernel`.
 """
@@ -31,6 +32,14 @@ _REPOSITORY = Path(__file__).resolve().parents[3]
 _COMMAND_LINE = (
     "console=ttyS0 loglevel=4 panic=-1 cgroup_no_v1=all tsc=reliable no_timer_check mitigations=off nowatchdog audit=0"
 )
+# The kernels that `make testkernel` builds: directory, and the emulated processor.
+_KERNELS = {
+    "6.1": ("testkernel", "max"),
+    # With cx16 it dies of a double fault now and then, under QEMU 7.2.
+    "6.12": ("testkernel-6.12", "qemu64,-cx16"),
+}
+KERNELS = tuple(_KERNELS)
+"""What `Rig.kernel` may be."""
 _INSIDE = "EDGEHOLD_RIG"
 _LAST_LINES = 40
 _POLL_S = 0.1
@@ -52,12 +61,13 @@ class Rig:
     """A machine to boot: each `run` is a new one.
 
     ``cpus`` 1-64, ``memory_mib`` from 512 (three quarters of it may hold what the command writes); ``cmdline`` is added
-    to the kernel's command line.
+    to the kernel's command line; ``kernel`` is one of `KERNELS`.
     """
 
     cpus: int = 4
     memory_mib: int = 2048
     cmdline: str = ""
+    kernel: str = "6.1"
 
     def run(
         self,
@@ -74,11 +84,11 @@ class Rig:
         command writes as it comes. ``timeout_s`` is for the whole, with 10-60 s of it for the boot.
 
         Raises:
-            UnsupportedError: this host lacks something; the text says what.
+            UnsupportedError: this host lacks something, or nobody builds such a kernel; the text says what.
             TimedOutError: it took longer; the machine was ended. The text has the last lines of output and console.
             FailedError: the machine ended without a status: a panic, or a start that failed. The text as above.
         """
-        image = kernel_image()
+        image = kernel_image(self.kernel)
         with tempfile.TemporaryDirectory(prefix="eh-rig-") as name:
             directory = Path(name)
             exchange = directory / "exchange"
@@ -107,7 +117,7 @@ class Rig:
             # The machine must not outlive whoever waits for it, even where that was killed (PR_SET_PDEATHSIG).
             *("setpriv", "--pdeathsig", "KILL", "--"),
             *(_QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"),
+            *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", _KERNELS[self.kernel][1]),
             *("-smp", str(self.cpus), "-m", str(self.memory_mib)),
             *("-kernel", str(image / "vmlinuz"), "-initrd", str(image / "initramfs.gz")),
             *("-append", f"{_COMMAND_LINE} {self.cmdline}".rstrip()),
@@ -125,17 +135,19 @@ def inside() -> bool:
     return os.environ.get(_INSIDE) == "1"
 
 
-def kernel_image() -> Path:
-    """The directory of the test kernel below ``BUILD`` or the repository's build directory.
+def kernel_image(kernel: str = "6.1") -> Path:
+    """The directory of a test kernel below ``BUILD`` or the repository's build directory.
 
     Raises:
-        UnsupportedError: this host can't run the rig; the text says what it lacks.
+        UnsupportedError: this host can't run the rig, or nobody builds such a kernel; the text says what is missing.
     """
+    if kernel not in _KERNELS:
+        raise UnsupportedError(f"there is no test kernel {kernel}; there are {', '.join(KERNELS)}")
     if os.geteuid() != 0:
         raise UnsupportedError("the rig needs root: it shows the guest the whole file tree")
     if shutil.which(_QEMU) is None:
         raise UnsupportedError(f"{_QEMU} is not installed (Debian package qemu-system-x86)")
-    image = Path(os.environ.get("BUILD", _REPOSITORY / "build")).absolute() / "testkernel"
+    image = Path(os.environ.get("BUILD", _REPOSITORY / "build")).absolute() / _KERNELS[kernel][0]
     if not (image / "vmlinuz").exists():
         raise UnsupportedError(f"the test kernel is not built: {image} (run: make testkernel)")
     return image.resolve()
@@ -201,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-cpus", type=int, default=4)
     parser.add_argument("-memory", type=int, default=2048, metavar="MIB")
     parser.add_argument("-timeout", type=float, default=600.0, metavar="SECONDS")
+    parser.add_argument("-kernel", choices=KERNELS, default="6.1")
     parser.add_argument("-append", default="", metavar="OPTIONS", help="added to the kernel's command line")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     options = parser.parse_args(arguments)
@@ -209,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_usage(sys.stderr)
         return EX_USAGE
     try:
-        rig = Rig(cpus=options.cpus, memory_mib=options.memory, cmdline=options.append)
+        rig = Rig(cpus=options.cpus, memory_mib=options.memory, cmdline=options.append, kernel=options.kernel)
         return rig.run(command, timeout_s=options.timeout, said=_write).status
     except EdgeholdError as error:
         sys.stderr.write(f"{error}\n")

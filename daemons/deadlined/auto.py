@@ -1,0 +1,93 @@
+"""Finds the periods of threads whose policy says ``auto``: looks when they get enough CPU, and again when they did not.
+
+A thread is held with the default period from the start on, so that nobody waits for an answer that may never come. Its
+switches are recorded once it is no longer saturated: before, they show the reservation and not the thread.
+"""
+
+import asyncio
+import logging
+
+from deadlined.held import Attached, Thread
+from deadlined.monitor import Monitor
+from deadlined.observer import Observer
+from edgehold.api.deadlined import PeriodOrigin, ThreadState
+from edgehold.clock import NS_PER_MS
+from edgehold.errors import EdgeholdError
+from edgehold.kernel.limits import DL_MAX_PERIOD_NS, DL_MIN_PERIOD_NS
+from edgehold.kernel.procfs import GoneError
+
+log = logging.getLogger(__name__)
+
+# What is not seen in so many tries, a person must look at.
+_TRIES = 5
+# Nearer than this to the present period another one is not worth a change.
+_SAME = 0.005
+
+
+class Periods:
+    """The task that does it."""
+
+    def __init__(self, monitor: Monitor, observer: Observer, *, every_s: float) -> None:
+        self._monitor = monitor
+        self._observer = observer
+        self._every_s = every_s
+        self._tries: dict[tuple[int, int], int] = {}
+        self._running: dict[tuple[int, int], asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """For ever: begin to observe whoever can be observed."""
+        try:
+            while True:
+                await asyncio.sleep(self._every_s)
+                for one in list(self._monitor.attachments.values()):
+                    if one.policy.period_ns == "auto" and not one.suspended:
+                        self._begin(one)
+                for key in [key for key, task in self._running.items() if task.done()]:
+                    self._running.pop(key).result()
+                known = {thread.key for one in self._monitor.attachments.values() for thread in one.threads.values()}
+                self._tries = {key: tries for key, tries in self._tries.items() if key in known}
+        finally:
+            for task in self._running.values():
+                task.cancel()
+            await asyncio.gather(*self._running.values(), return_exceptions=True)
+
+    def _begin(self, one: Attached) -> None:
+        for thread in one.threads.values():
+            ready = thread.row >= 0 and thread.cells.windows >= 1 and not thread.cells.sizing.saturated
+            if thread.period_origin is PeriodOrigin.OBSERVING and ready and thread.key not in self._running:
+                self._running[thread.key] = asyncio.create_task(self._observe(one, thread), name="period")
+
+    async def _observe(self, one: Attached, thread: Thread) -> None:
+        """One try."""
+        try:
+            found = await self._observer.observe(thread.tid)
+        except GoneError:
+            return  # the monitor notices
+        except EdgeholdError as error:
+            self._unknown(thread, error.message, last=not error.retryable)
+            return
+        if one.threads.get(thread.tid) is not thread or thread.period_origin is not PeriodOrigin.OBSERVING:
+            return  # it left, or its policy was changed meanwhile
+        if found.period_ns is None:
+            self._unknown(thread, found.reason)
+            return
+        period_ns = min(max(found.period_ns, DL_MIN_PERIOD_NS), DL_MAX_PERIOD_NS)
+        if abs(period_ns - thread.config.period_ns) > _SAME * period_ns:
+            try:
+                self._monitor.reconfigure(thread, one, one.config.with_period(period_ns))
+            except GoneError:
+                return
+            if thread.config.period_ns != period_ns and thread.state is ThreadState.HELD:
+                return  # refused for the moment, and told; tried again
+        thread.period_origin, thread.confidence = PeriodOrigin.INFERRED, found.confidence
+        log.info(
+            "thread %d (%s): its period is %.2f ms (confidence %.2f)",
+            thread.tid, thread.name, period_ns / NS_PER_MS, found.confidence,
+        )  # fmt: skip
+
+    def _unknown(self, thread: Thread, why: str, *, last: bool = False) -> None:
+        tries = self._tries[thread.key] = self._tries.get(thread.key, 0) + 1
+        if last or tries >= _TRIES:
+            thread.period_origin = PeriodOrigin.UNKNOWN
+            log.info("thread %d (%s): its period is unknown: %s", thread.tid, thread.name, why)
+        thread.reason = thread.reason or f"period unknown: {why}"

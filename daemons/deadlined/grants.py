@@ -1,0 +1,224 @@
+"""From what the rules want to what is in force: the host's capacity, the cgroups' limits, suspended guests.
+
+Decreases come before increases, because what one thread gives up can be another's a moment later. Nothing here waits;
+measuring the capacity is the service's work, told to it by `probe_wanted`.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deadlined.held import Attached, Thread
+from deadlined.holder import Holder
+from deadlined.share import Want, share
+from edgehold.api.deadlined import ThreadState
+from edgehold.clock import NS_PER_S, Clock
+from edgehold.errors import EdgeholdError, NoCapacityError
+from edgehold.kernel import capacity
+from edgehold.kernel.limits import DL_MIN_RUNTIME_NS
+from edgehold.kernel.procfs import GoneError
+
+if TYPE_CHECKING:
+    from deadlined.ceilings import Limit
+
+log = logging.getLogger(__name__)
+
+# Below this a change is not worth a system call.
+_LEAST_CHANGE_NS = 1000
+# What a leaving thread gives back comes within about its period; a probe before that would find too little.
+_SETTLED_NS = 2 * NS_PER_S
+# While not everybody has what he wants: others on the host may have given something up.
+_PROBE_AGAIN_NS = 30 * NS_PER_S
+_MESSAGE_FULL = "2f6d9f7a61a74ef2b7d1a4c85f3b9e03"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thread that takes part."""
+
+    thread: Thread
+    attached: Attached
+
+    @property
+    def wanted_ns(self) -> int:
+        """What it should have, as far as it alone is concerned."""
+        return self.thread.config.min_budget_ns if self.attached.suspended else self.thread.wanted_ns
+
+
+class _Part:
+    """What one thread gets, while that is worked out."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.wanted = self.cpus = entry.wanted_ns / entry.thread.config.period_ns
+        self.why = ""
+
+    @property
+    def budget_ns(self) -> int:
+        period_ns = self.entry.thread.config.period_ns
+        return self.entry.wanted_ns if self.cpus >= self.wanted else int(self.cpus * period_ns)
+
+
+def _compress(parts: "Sequence[_Part]", cpus: float, text: str) -> None:
+    """Let them get no more than this together."""
+    wants = [
+        Want(
+            wanted=part.cpus,
+            floor=part.entry.thread.config.min_budget_ns / part.entry.thread.config.period_ns,
+            weight=part.entry.attached.policy.weight,
+        )
+        for part in parts
+    ]
+    for part, got in zip(parts, share(wants, cpus), strict=True):
+        if got < part.cpus:
+            part.cpus, part.why = got, text
+
+
+class Grants:
+    """Sets budgets. Asks the monitor for everybody only when not everybody can have what he wants."""
+
+    def __init__(self, *, clock: Clock, holder: Holder, everybody: Callable[[], Iterable[Entry]]) -> None:
+        self._clock = clock
+        self._holder = holder
+        self._everybody = everybody
+        self.wanted = 0.0
+        """The sum of what takes part and is wanted, in CPUs."""
+        self.total: float | None = None
+        """What there is for deadlined's threads, in CPUs, as the last probe found it; None: not known yet."""
+        self.limits: Sequence[Limit] = ()
+        """The cgroups whose quota binds held threads."""
+        self.probing = False
+        """A probe holds the host's bandwidth: a refusal says nothing."""
+        self.compressed = False
+        self.lost: list[Entry] = []
+        """Of the last `apply`: who turned out to be in nobody's reservation or in somebody else's."""
+        self._probe_at_ns: int | None = None
+        self._refused = False
+
+    def count(self, entry: Entry) -> None:
+        """What this thread wants has changed; threads that end or are given up count `without`."""
+        wanted = entry.wanted_ns / entry.thread.config.period_ns
+        self.wanted += wanted - entry.thread.counted
+        entry.thread.counted = wanted
+
+    def without(self, thread: Thread) -> None:
+        """This thread takes part no more."""
+        self.wanted -= thread.counted
+        thread.counted = 0.0
+
+    def measured(self, total: float | None) -> None:
+        """A probe's result: what is left and what deadlined's threads hold, together; None: it failed."""
+        self._probe_at_ns = None
+        if total is not None:
+            # Two steps of the probe for its rounding; one more so that the next probe finds something at all.
+            self.total = max(total - 3 * capacity.RESOLUTION, 0.0)
+        else:
+            self._probe_at_ns = self._clock.monotonic_ns() + _PROBE_AGAIN_NS
+
+    def probe_wanted(self) -> bool:
+        """Whether the capacity should be measured now."""
+        return self._probe_at_ns is not None and self._clock.monotonic_ns() >= self._probe_at_ns
+
+    def probe_soon(self, after_ns: int = 0) -> None:
+        """Measure the capacity, unless that is about to happen anyway."""
+        at_ns = self._clock.monotonic_ns() + after_ns
+        self._probe_at_ns = at_ns if self._probe_at_ns is None else min(self._probe_at_ns, at_ns)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether not everybody can have what he wants."""
+        return self.total is not None and self.wanted > self.total
+
+    def apply(self, changed: Iterable[Entry]) -> dict[int, EdgeholdError]:
+        """Set what has changed, or all anew where it is crowded. Returns why a waiting thread could not be taken in.
+
+        A thread that ended in the middle is found by the next sample.
+        """
+        entries = list(changed)
+        self._refused = False
+        self.lost = []
+        if not (self.crowded or self.compressed or self.limits):
+            refused = self._set([(one, one.wanted_ns) for one in entries])
+        else:
+            refused = self._set(self._shared())
+        if self._refused and not self.probing:
+            # Known capacity and yet refused: somebody else took some, or what was given up is still on its way.
+            self.probe_soon(0 if self.total is None else _SETTLED_NS)
+        return refused
+
+    def _shared(self) -> list[tuple[Entry, int]]:
+        """What everybody gets: first within each limited cgroup, then within the host. Sets the reasons."""
+        parts = [_Part(one) for one in self._everybody() if one.thread.state is not ThreadState.WATCHED]
+        of = {part.entry.thread.tid: part for part in parts}
+        for limit in sorted(self.limits, key=lambda one: -one.path.count("/")):
+            members = [of[tid] for tid in limit.tids if tid in of]
+            wanted = sum(part.cpus for part in members)
+            text = (
+                f"the quota of cgroup {limit.path} is {limit.cpus:g} CPUs and its held threads want {wanted:.2f}: "
+                "deadlined keeps to it, as the kernel would not; raise it (CPUQuota=) to give them more"
+            )
+            _compress(members, limit.cpus, text)
+        self._compress_all(parts)
+        for part in parts:
+            if part.entry.thread.state is ThreadState.HELD:
+                part.entry.thread.reason = part.why
+        return [(part.entry, part.budget_ns) for part in parts]
+
+    def _compress_all(self, parts: "list[_Part]") -> None:
+        """Within the host's capacity, as far as that is known."""
+        whole = sum(part.cpus for part in parts)
+        before, self.compressed = self.compressed, self.total is not None and whole > self.total
+        if self.total is not None and self.compressed:
+            text = (
+                f"the host has {self.total:.2f} CPUs for reservations and {whole:.2f} are wanted: shared by weight "
+                "(detach or limit others, lower their cap, or raise this one's weight)"
+            )
+            _compress(parts, self.total, text)
+            self.probe_soon(_PROBE_AGAIN_NS)
+        if self.compressed and not before:
+            log.warning(
+                "%.2f CPUs of reservations are wanted and the host has %.2f: budgets are shared by weight",
+                whole, self.total, extra={"message_id": _MESSAGE_FULL},
+            )  # fmt: skip
+        elif before and not self.compressed:
+            log.info("everybody has the reservation that he needs again")
+
+    def _set(self, wanted: list[tuple[Entry, int]]) -> dict[int, EdgeholdError]:
+        refused: dict[int, EdgeholdError] = {}
+        now = self._clock.monotonic_ns()
+        for entry, budget_ns in sorted(wanted, key=lambda one: one[1] >= one[0].thread.budget_ns):
+            thread = entry.thread
+            try:
+                if thread.state is ThreadState.HELD:
+                    # Not even the floor fits: it stays at the kernel's least until somebody gives something up.
+                    self._change(entry, max(budget_ns, DL_MIN_RUNTIME_NS))
+                elif thread.try_at_ns is not None and thread.try_at_ns <= now:
+                    error = self._enter(entry, budget_ns)
+                    if error is not None:
+                        refused[thread.tid] = error
+            except GoneError as error:
+                refused[thread.tid] = error
+        return refused
+
+    def _change(self, entry: Entry, budget_ns: int) -> None:
+        thread = entry.thread
+        if abs(budget_ns - thread.budget_ns) >= _LEAST_CHANGE_NS:
+            reason = thread.reason
+            if self._holder.change(thread, budget_ns):
+                thread.reason = reason
+            elif thread.state is ThreadState.HELD:
+                self._refused = True
+            else:
+                self.without(thread)
+                self.lost.append(entry)
+
+    def _enter(self, entry: Entry, budget_ns: int) -> EdgeholdError | None:
+        thread = entry.thread
+        if budget_ns < min(thread.config.min_budget_ns, entry.wanted_ns):
+            thread.reason = "not even its smallest budget fits beside the others; it waits until one of them leaves"
+            return NoCapacityError(thread.reason)
+        error = self._holder.enter(thread, entry.attached, budget_ns)
+        if isinstance(error, NoCapacityError):
+            self._refused = True
+        return error

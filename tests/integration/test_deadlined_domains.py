@@ -1,0 +1,333 @@
+"""The vCPU threads of libvirt's domains: a private libvirtd with real QEMU guests, its deaths and its silence."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from deadlined import domainask
+from deadlined.domainask import Conversation, check_uri
+from deadlined.domains import DomainSource, LibvirtLink
+from deadlined.partitions import PartitionSource, VmandLink
+from edgehold.api.vmand import Mode, VmandClient
+from edgehold.errors import (
+    BadRequestError,
+    EdgeholdError,
+    NoCapacityError,
+    NotFoundError,
+    UnavailableError,
+    UnsupportedError,
+)
+from edgehold.kernel import procfs
+from edgehold.testing.capability import guest_image, need_command, need_root
+from edgehold.testing.daemons import private_directory
+from edgehold.testing.load import eventually
+from edgehold.testing.partitions import PrivateVmand
+from edgehold.testing.virtvmand import private_virtvmand
+from tests.bench.libvirt import Libvirt, private_libvirt
+from tests.libvirt.python import need_libvirt_python
+
+ROOT = Path(__file__).parents[2]
+NOBODY = 65534
+# No disk and no kernel: its firmware looks for one, and that is work enough.
+DOMAIN = """<domain type='qemu'>
+  <name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>64</memory><vcpu>2</vcpu>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <devices><controller type='usb' model='none'/><memballoon model='none'/></devices>
+</domain>
+"""
+
+
+@pytest_asyncio.fixture
+async def libvirt() -> AsyncIterator[Libvirt]:
+    """Both daemons; a test ends its own guests."""
+    need_root()
+    need_libvirt_python()
+    guest_image(ROOT)
+    for program, package in (("libvirtd", "libvirt-daemon-system"), ("qemu-system-x86_64", "qemu-system-x86")):
+        need_command(program, package)
+    async with private_libvirt() as one:
+        yield one
+
+
+@contextlib.asynccontextmanager
+async def defined(libvirt: Libvirt, name: str) -> AsyncIterator[str]:
+    """A domain that is shut off; its uuid."""
+    named = str(uuid.uuid4())
+    definition = libvirt.directory / f"{name}.xml"
+    definition.write_text(DOMAIN.format(name=name, uuid=named))
+    await libvirt.virsh("define", str(definition))
+    try:
+        yield named
+    finally:
+        with contextlib.suppress(RuntimeError):  # it is off already
+            await libvirt.virsh("destroy", name)
+        with contextlib.suppress(RuntimeError):
+            await libvirt.virsh("undefine", name)
+
+
+@contextlib.asynccontextmanager
+async def linked(vmand_socket: Path = Path("/nowhere"), *, answer_s: float = 60.0) -> AsyncIterator[LibvirtLink]:
+    """A link that keeps its sources up to date."""
+    link = LibvirtLink(VmandLink(vmand_socket), vmand_socket=vmand_socket, answer_s=answer_s)
+    task = asyncio.create_task(link.run())
+    try:
+        yield link
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def opened(link: LibvirtLink, name: str, uri: str) -> DomainSource:
+    source = await link.open(name, uri)
+    assert isinstance(source, DomainSource)
+    return source
+
+
+async def until(condition: Callable[[], bool], *, what: Callable[[], object], timeout_s: float = 60.0) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not condition():  # noqa: ASYNC110 - the other side is another process
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"not within {timeout_s:g} s: {what()}") from None
+
+
+def names(tids: tuple[int, ...]) -> list[str]:
+    return sorted(procfs.stat(tid).name for tid in tids)
+
+
+def command_line(tid: int) -> bytes:
+    return Path(f"/proc/{procfs.process_of(tid)}/cmdline").read_bytes()
+
+
+@contextlib.contextmanager
+def child(uri: str, *, script: Path = domainask._SCRIPT, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+    """The script that asks libvirt."""
+    argv = [*prefix, domainask._SYSTEM_PYTHON, "-I", str(script), uri]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/") as one:
+        yield one
+
+
+def asked(one: subprocess.Popen[str]) -> dict[str, Any]:
+    assert one.stdin is not None
+    assert one.stdout is not None
+    one.stdin.write('["one"]\n')
+    one.stdin.flush()
+    answer: dict[str, Any] = json.loads(one.stdout.readline())
+    return answer
+
+
+@contextlib.contextmanager
+def impostor(named: str) -> Iterator[int]:
+    """A process with QEMU's words and a thread with a vCPU's name; its pid."""
+    words = ["qemu", "-name", "guest=one,debug-threads=on", "-uuid", named]
+    script = "open('/proc/self/comm', 'w').write('CPU 0/TCG'); input()"
+    with subprocess.Popen([sys.executable, "-c", script, *words], stdin=subprocess.PIPE) as one:
+        eventually(lambda: procfs.stat(one.pid).name == "CPU 0/TCG", timeout_s=30, what="it has its name")
+        yield one.pid
+
+
+async def test_a_domain_starts_pauses_and_starts_again(libvirt: Libvirt) -> None:
+    async with defined(libvirt, "one") as named, defined(libvirt, "other"), linked() as link:
+        await libvirt.virsh("start", "other")
+        source = await opened(link, "one", libvirt.uri)
+        by_uuid = await opened(link, named.upper(), libvirt.uri)
+        assert source.tids() == ()
+        assert (source.reason, source.suspended, source.over) == ("the domain is shut off; no vCPU runs", False, "")
+
+        def two() -> bool:
+            return len(source.tids()) == 2 and not source.reason
+
+        await libvirt.virsh("start", "one")
+        await until(two, what=lambda: source.reason)
+        first = source.tids()
+        assert names(first) == ["CPU 0/TCG", "CPU 1/TCG"]
+        assert all(named.encode() in command_line(tid) for tid in first)
+        assert source.reason == ""
+        await until(lambda: by_uuid.tids() == first, what=by_uuid.tids)
+
+        assert not source.changed()
+        await libvirt.virsh("suspend", "one")
+        await until(lambda: source.suspended, what=lambda: source.reason)
+        assert source.reason == "the domain is paused"
+        assert source.tids() == first
+        await libvirt.virsh("resume", "one")
+        await until(lambda: not source.suspended, what=lambda: source.reason)
+        assert not source.changed()
+
+        await libvirt.virsh("destroy", "one")
+        await until(lambda: source.changed() and not source.tids(), what=source.tids)
+        assert source.reason == "the domain is shut off; no vCPU runs"
+        await libvirt.virsh("start", "one")
+        await until(two, what=lambda: source.reason)
+        assert not set(source.tids()) & set(first)
+
+        await libvirt.virsh("destroy", "one")
+        await libvirt.virsh("undefine", "one")
+        await until(lambda: "knows no domain one any more" in source.reason, what=lambda: source.reason)
+        assert (source.tids(), source.over) == ((), "")
+        for one in (source, by_uuid):
+            one.close()
+
+
+async def test_threads_stay_known_while_libvirtd_is_away_or_hangs(libvirt: Libvirt) -> None:
+    async with defined(libvirt, "one"), linked(answer_s=5.0) as link:
+        await libvirt.virsh("start", "one")
+        source = await opened(link, "one", libvirt.uri)
+        await until(lambda: len(source.tids()) == 2, what=lambda: source.reason)
+        first = source.tids()
+
+        libvirt.kill_libvirtd()
+        await until(lambda: "last known threads are kept" in source.reason, what=lambda: source.reason)
+        assert source.tids() == first
+        with pytest.raises(UnavailableError, match="is libvirt's daemon running"):
+            await link.open("one", libvirt.uri)
+        libvirt.start_libvirtd()
+        await until(lambda: not source.reason, what=lambda: source.reason)
+        assert source.tids() == first
+
+        libvirt.signal_libvirtd(signal.SIGSTOP)
+        try:
+            await until(lambda: "does not answer within 5 s" in source.reason, what=lambda: source.reason)
+            with pytest.raises(UnavailableError, match="does not answer within 5 s"):
+                await link.open("one", libvirt.uri)
+            assert source.tids() == first
+        finally:
+            libvirt.signal_libvirtd(signal.SIGCONT)
+        await until(lambda: not source.reason, what=lambda: source.reason)
+        assert source.tids() == first
+        source.close()
+
+
+async def test_who_only_says_that_he_is_the_guest_is_not_held(libvirt: Libvirt) -> None:
+    async with defined(libvirt, "one") as named, linked() as link:
+        with impostor(named) as liar:
+            source = await opened(link, "one", libvirt.uri)
+            assert source.tids() == ()
+            await libvirt.virsh("start", "one")
+            await until(lambda: len(source.tids()) == 2, what=lambda: source.reason)
+            assert liar not in source.tids()
+            source.close()
+
+
+async def test_what_libvirt_does_not_have_or_let_is_refused(libvirt: Libvirt) -> None:
+    async with linked() as link:
+        with pytest.raises(NotFoundError, match="has no domain nobody"):
+            await link.open("nobody", libvirt.uri)
+        with pytest.raises(NotFoundError):
+            await link.open(str(uuid.uuid4()), libvirt.uri)
+        with pytest.raises(UnavailableError, match="is libvirt's daemon running"):
+            await link.open("one", f"qemu:///system?socket={libvirt.directory}/nobody-listens")
+    # Another user's child is refused by the socket's mode.
+    with private_directory() as directory:
+        directory.chmod(0o755)
+        script = Path(shutil.copy(domainask._SCRIPT, directory))
+        drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+        with child(libvirt.uri, script=script, prefix=drop) as one:
+            error = asked(one)["error"]
+        assert (error["code"], error["retryable"]) == ("denied", False), error
+        assert f"uid {NOBODY} needs access" in error["message"]
+
+
+async def test_the_child_ends_with_its_parent_though_libvirt_hangs(libvirt: Libvirt) -> None:
+    with child(libvirt.uri) as one:
+        assert asked(one) == {"domains": {"one": {"known": False}}}
+        assert one.stdin is not None
+        libvirt.signal_libvirtd(signal.SIGSTOP)
+        try:
+            one.stdin.write('["one"]\n')
+            one.stdin.close()
+            assert one.wait(30) == 0
+        finally:
+            libvirt.signal_libvirtd(signal.SIGCONT)
+
+
+async def test_a_partitions_domain_becomes_the_partitions_source(vmand: PrivateVmand, client: VmandClient) -> None:
+    need_root()
+    need_libvirt_python()
+    number = await client.create_partition(cores=1, memsize_gb=0.0625, mode=Mode.SHARED, name="blue")
+    one = next(one for one in await client.list_partitions() if one.id == number)
+    async with private_virtvmand(vmand) as daemon, linked(vmand.socket) as link:
+        for name in ("blue", one.uuid):
+            source = await link.open(name, daemon.read_only_uri)
+            assert isinstance(source, PartitionSource)
+            assert (source.partition, source.tids()) == (one.id, ())
+            source.close()
+        with pytest.raises(NotFoundError):
+            await link.open("red", daemon.read_only_uri)
+
+
+async def test_a_host_has_few_libvirts() -> None:
+    link = LibvirtLink(VmandLink(Path("/nowhere")), vmand_socket=Path("/nowhere"))
+    for number in range(8):
+        uri = f"qemu:///system?socket=/nowhere/{number}"
+        link._sources[uri] = {DomainSource("one", uri, link)}
+    with pytest.raises(NoCapacityError, match="8 URIs at most"):
+        await link.open("one", "qemu:///system?socket=/nowhere/8")
+
+
+async def test_without_libvirts_module_it_says_which_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = Conversation("qemu:///system", answer_s=60.0)
+    monkeypatch.setattr(domainask, "interpreter", lambda: sys.executable)  # ours does not have it
+    with pytest.raises(UnsupportedError, match="apt install python3-libvirt"):
+        await conversation.ask(["one"])
+    await conversation.close()
+    monkeypatch.setattr(domainask, "interpreter", lambda: "/nowhere/python3")
+    with pytest.raises(UnsupportedError, match="python3-libvirt is not installed"):
+        await conversation.ask(["one"])
+
+
+@pytest.mark.parametrize(
+    ("uri", "kind"),
+    [
+        ("qemu:///system", None),
+        ("qemu:///session", None),
+        ("qemu+unix:///system", None),
+        ("qemu+unix:///system?socket=/run/libvirt/libvirt-sock&mode=direct", None),
+        ("vman:///system?socket=/run/libvirt/virtvmand-sock-ro", None),
+        ("", BadRequestError),
+        ("nonsense", BadRequestError),
+        ("/system", BadRequestError),
+        ("qemu:///nonsense", BadRequestError),
+        ("qemu:///embed?root=/tmp", BadRequestError),
+        ("qemu:///system#", None),
+        ("qemu:///system#x", BadRequestError),
+        ("qemu:///system?socket=relative", BadRequestError),
+        ("qemu:///system?socket=/a%00b", BadRequestError),
+        ("qemu:///system?socket", BadRequestError),
+        ("qemu:///system?mode=bold", BadRequestError),
+        ("qemu:///system?command=/tmp/evil", BadRequestError),
+        ("qemu+unix:///system?socket=/x&netcat=/tmp/evil", BadRequestError),
+        ("vman:///session", BadRequestError),
+        ("qemu://[::1/system", BadRequestError),
+        ("qemu+ext:///system?command=/tmp/evil", UnsupportedError),
+        ("qemu+ssh://host/system", UnsupportedError),
+        ("qemu+ssh:///system", UnsupportedError),
+        ("qemu://host/system", UnsupportedError),
+        ("qemu+tcp://localhost/system", UnsupportedError),
+        ("test:///default", UnsupportedError),
+        ("test:////etc/shadow", UnsupportedError),
+        ("lxc:///system", UnsupportedError),
+        ("xen:///system", UnsupportedError),
+    ],
+)
+def test_only_this_hosts_guests_are_asked_for(uri: str, kind: type[EdgeholdError] | None) -> None:
+    if kind is None:
+        check_uri(uri)
+        return
+    with pytest.raises(EdgeholdError) as refused:
+        check_uri(uri)
+    assert type(refused.value) is kind
+    assert repr(uri) in refused.value.message
