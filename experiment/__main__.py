@@ -38,12 +38,13 @@ class Book:
         threads = tuple(summary(run, thread) for thread in run.threads)
         self.runs.append(run)
         self.summaries.append(threads)
-        for one in threads:
+        for one, thread in zip(threads, run.threads, strict=True):
             path = " ".join(f"{budget:.1f}" for budget in one.path_ms[: report.PATH_CYCLES])
             good = "never" if one.good_cycle is None else f"after {one.good_ms:.0f} ms, cycle {one.good_cycle}"
             print(
                 f"{run.number}  {one.variant:10}  from {one.first_budget_ms:g} ms, {one.work_ms:g} ms thread: {path}; "
-                f"good {good}; steady Q/C {one.steady[1]:.2f}; others used {run.others_cpus:.2f} CPUs",
+                f"good {good}; steady Q/C {one.steady[1]:.2f}; others used {run.others_cpus:.2f} CPUs"
+                f"{'; ' if thread.reason else ''}{thread.reason}",
                 flush=True,
             )
 
@@ -59,6 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--first-budget-ms", type=float, choices=FIRST_BUDGETS_MS, action="append", help="only this one"
     )
+    parser.add_argument("--phase-ms", type=float, default=0.0, help="from the attachment to the first job (default: 0)")
     parser.add_argument("--figures", type=Path, help="a directory for a copy of the PNG pictures")
     options = parser.parse_args()
     least = max(least_seconds(one) for one in VARIANTS)
@@ -73,7 +75,9 @@ async def measure(book: Book, options: argparse.Namespace) -> None:
     for number in range(1, options.repeat + 1):
         for first_ms in options.first_budget_ms or FIRST_BUDGETS_MS:
             for variant in variants:
-                book.add(await play(variant, first_ms, seconds=options.seconds, number=number))
+                book.add(
+                    await play(variant, first_ms, seconds=options.seconds, number=number, phase_ms=options.phase_ms)
+                )
 
 
 async def interruptible(book: Book, options: argparse.Namespace) -> int:

@@ -52,6 +52,8 @@ class Held:
     jobs: tuple[Job, ...]
     request_ms: float
     """How long the attachment's request took; the thread was held from some moment of it on."""
+    reason: str = ""
+    """What deadlined said of the thread at the end: why it has less than it needs, for one."""
 
     def budgets(self) -> list[tuple[int, int]]:
         """From when on which budget was in force: the first one from the attachment on."""

@@ -1,15 +1,15 @@
 """One run: a private deadlined, two real periodic threads, a first budget that is far too small.
 
-Nothing is simulated: the threads are processes of their own, the budgets SCHED_DEADLINE's. Each run has a new daemon
-and new threads, so that none inherits anything. Whatever happens, both threads have their own policy back before they
-end.
+Nothing is simulated: the threads are processes of their own, the budgets SCHED_DEADLINE's. As in the document, their
+work and the monitor begin together, so that no run inherits a backlog. Whatever happens, both threads have their own
+policy back before they end.
 """
 
 import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +24,6 @@ from experiment.analysis import STEADY_CYCLES, Held, Run, Variant
 PERIOD_MS = 100
 WORKS_MS = (10, 20)
 OVERALLOCATION, WINDOW, CAP = 0.1, 5, 0.8
-# An interpreter is there by then, also on a busy host.
-_START_S = 0.5
-_WARM_JOBS = 5
-_WARM_S = 30.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -86,26 +82,14 @@ async def private_deadlined(variant: Variant) -> AsyncIterator[tuple[Daemon, Pat
             await daemon.stop()
 
 
-@contextlib.asynccontextmanager
-async def warm_jobs() -> AsyncIterator[tuple[PeriodicJob, ...]]:
-    """Both threads, released together, when they have worked for some periods.
-
-    Raises:
-        FailedError: they did not in time.
-    """
-    origin = time.monotonic_ns() + round(_START_S * NS_PER_S)
+@contextlib.contextmanager
+def idle_threads() -> Iterator[tuple[PeriodicJob, ...]]:
+    """Both threads, which wait to be told to begin."""
     with contextlib.ExitStack() as stack:
-        jobs = tuple(
-            stack.enter_context(PeriodicJob(work_s=work / 1000, period_s=PERIOD_MS / 1000, origin_ns=origin))
+        yield tuple(
+            stack.enter_context(PeriodicJob(work_s=work / 1000, period_s=PERIOD_MS / 1000, origin_ns=None))
             for work in WORKS_MS
         )
-        try:
-            async with asyncio.timeout(_WARM_S):
-                while any(len(one.jobs()) < _WARM_JOBS for one in jobs):  # noqa: ASYNC110 - memory has no event
-                    await asyncio.sleep(0.05)
-        except TimeoutError:
-            raise FailedError(f"the threads have not done {_WARM_JOBS} jobs in {_WARM_S:g} s") from None
-        yield jobs
 
 
 def policy(variant: Variant, first_budget_ms: float) -> dict[str, object]:
@@ -149,36 +133,39 @@ async def attach(client: DeadlinedClient, tid: int, what: dict[str, object]) -> 
     return Request(one.id, began, time.monotonic_ns())
 
 
-async def play(variant: Variant, first_budget_ms: float, *, seconds: float, number: int = 1) -> Run:
-    """One run of so many seconds from the attachment on.
+async def play(
+    variant: Variant, first_budget_ms: float, *, seconds: float, number: int = 1, phase_ms: float = 0.0
+) -> Run:
+    """One run of so many seconds from the attachment on; the threads begin ``phase_ms`` after it.
 
     Raises:
         EdgeholdError: this host can't show it; the text says why.
     """
     admitted = (await capacity.probe_in_child()).available
-    async with (
-        warm_jobs() as jobs,
-        private_deadlined(variant) as (daemon, socket),
-        DeadlinedClient(socket) as client,
-    ):
-        await next_cycle(socket)
-        counted = await metrics(socket)
-        usage = Usage([daemon.pid, *(one.tid for one in jobs)])
-        held = [await attach(client, one.tid, policy(variant, first_budget_ms)) for one in jobs]
-        await asyncio.sleep(seconds)
-        others = usage.others_cpus()
-        now = await metrics(socket)
-        histories = [(await client.attachment(one.attachment)).history for one in held]
-        done = [tuple(one.jobs()) for one in jobs]
-        for request in held:
-            await client.detach(request.attachment)
+    with idle_threads() as jobs:
+        async with private_deadlined(variant) as (daemon, socket), DeadlinedClient(socket) as client:
+            await next_cycle(socket)
+            counted = await metrics(socket)
+            usage = Usage([daemon.pid, *(one.tid for one in jobs)])
+            held = [await attach(client, one.tid, policy(variant, first_budget_ms)) for one in jobs]
+            origin_ns = time.monotonic_ns() + round(phase_ms * NS_PER_MS)
+            for one in jobs:
+                one.begin(origin_ns)
+            await asyncio.sleep(seconds)
+            others = usage.others_cpus()
+            now = await metrics(socket)
+            details = [await client.attachment(one.attachment) for one in held]
+            done = [tuple(one.jobs()) for one in jobs]
+            for request in held:
+                await client.detach(request.attachment)
     first = round(first_budget_ms * NS_PER_MS)
     threads = tuple(
         Held(
-            work_ns=one.work_ns, attached_ns=request.held_ns(samples), first_budget_ns=first, samples=samples, jobs=did,
-            request_ms=(request.ended_ns - request.began_ns) / NS_PER_MS,
+            work_ns=one.work_ns, attached_ns=request.held_ns(detail.history), first_budget_ns=first,
+            samples=detail.history, jobs=did, request_ms=(request.ended_ns - request.began_ns) / NS_PER_MS,
+            reason="; ".join(thread.reason for thread in detail.attachment.threads if thread.reason),
         )
-        for one, request, samples, did in zip(jobs, held, histories, done, strict=True)
+        for one, request, detail, did in zip(jobs, held, details, done, strict=True)
     )  # fmt: skip
     calls, cycles = (
         round(now.get(name, 0) - counted.get(name, 0))

@@ -1,18 +1,27 @@
-"""The daemon's command line: ``deadlined [--config FILE] [--check-config]``."""
+"""The command line: ``deadlined [--config FILE] [--check-config]`` is the daemon; ``run`` and ``recover`` need none."""
 
 import sys
 
-from deadlined.config import Settings
-from edgehold import settings
+from deadlined import config
 from edgehold.errors import SettingsError
 from edgehold.service import daemon_arguments, run
 
+_COMMANDS = ("run", "recover")
+_DESCRIPTION = (
+    "Sizes SCHED_DEADLINE budgets from what threads really execute. `deadlined run -- COMMAND` holds one command "
+    "without the daemon; `deadlined recover` puts right what a killed deadlined left; each has its own --help."
+)
+
 
 def main() -> int:
-    """Run deadlined. Returns the exit status; see `edgehold.service.run`."""
-    arguments = daemon_arguments("deadlined", "Sizes SCHED_DEADLINE budgets from what threads really execute.")
+    """Run deadlined, or one of its commands. Returns the exit status; see `edgehold.service.run`."""
+    if len(sys.argv) > 1 and sys.argv[1] in _COMMANDS:
+        from deadlined import cli_run  # noqa: PLC0415 - the daemon needs none of it
+
+        return cli_run.main(sys.argv[1], sys.argv[2:])
+    arguments = daemon_arguments("deadlined", _DESCRIPTION)
     try:
-        wanted = settings.load(Settings, "deadlined", path=arguments.config)
+        wanted = config.load(arguments.config)
     except SettingsError as error:
         sys.stderr.write(f"deadlined: {error}\n")
         return error.exit_status

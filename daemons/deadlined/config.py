@@ -11,6 +11,7 @@ from deadlined.rules import rule_config
 from edgehold import settings
 from edgehold.api.deadlined import DURABLE, Policy, Target
 from edgehold.errors import SettingsError
+from edgehold.kernel.limits import DL_MIN_RUNTIME_NS
 from edgehold.wire.peer import Access
 
 
@@ -60,12 +61,21 @@ class Settings:
 
 
 def policy_of(given: dict[str, Any], default: Policy) -> Policy:
-    """The fields that were given, and the rest of a default.
+    """The fields that were given, and the rest of a default; budgets that were not given fit what was.
 
     Raises:
         msgspec.ValidationError: a field that is unknown, of a wrong type or out of range; the text names it.
     """
-    return msgspec.convert({**msgspec.to_builtins(default), **given}, Policy)
+    policy: Policy = msgspec.convert({**msgspec.to_builtins(default), **given}, Policy)
+    largest_ns = rule_config(policy).max_budget_ns
+    floor_ns, initial_ns = policy.min_budget_ns, policy.initial_budget_ns
+    if "min_budget_ns" not in given:
+        floor_ns = min(floor_ns, largest_ns, initial_ns if "initial_budget_ns" in given else largest_ns)
+    if "initial_budget_ns" not in given:
+        initial_ns = min(max(initial_ns, floor_ns), largest_ns)
+    return msgspec.structs.replace(
+        policy, min_budget_ns=max(floor_ns, DL_MIN_RUNTIME_NS), initial_budget_ns=max(initial_ns, DL_MIN_RUNTIME_NS)
+    )
 
 
 def load(path: Path | None) -> Settings:

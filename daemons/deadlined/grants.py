@@ -30,6 +30,7 @@ _LEAST_CHANGE_NS = 1000
 _SETTLED_NS = 2 * NS_PER_S
 # While not everybody has what he wants: others on the host may have given something up.
 _PROBE_AGAIN_NS = 30 * NS_PER_S
+_TELL_AGAIN_NS = 60 * NS_PER_S
 _MESSAGE_FULL = "2f6d9f7a61a74ef2b7d1a4c85f3b9e03"
 
 
@@ -94,6 +95,7 @@ class Grants:
         self.lost: list[Entry] = []
         """Of the last `apply`: who turned out to be in nobody's reservation or in somebody else's."""
         self._probe_at_ns: int | None = None
+        self._tell_at_ns = 0
         self._refused = False
 
     def count(self, entry: Entry) -> None:
@@ -176,13 +178,14 @@ class Grants:
             )
             _compress(parts, self.total, text)
             self.probe_soon(_PROBE_AGAIN_NS)
-        if self.compressed and not before:
+        now = self._clock.monotonic_ns()
+        if self.compressed and now >= self._tell_at_ns:
             log.warning(
-                "%.2f CPUs of reservations are wanted and the host has %.2f: budgets are shared by weight",
+                "%.3f CPUs of reservations are wanted and the host has %.3f: budgets are shared by weight",
                 whole, self.total, extra={"message_id": _MESSAGE_FULL},
             )  # fmt: skip
-        elif before and not self.compressed:
-            log.info("everybody has the reservation that he needs again")
+        if self.compressed or before:
+            self._tell_at_ns = now + _TELL_AGAIN_NS  # not each time that somebody's need goes to and fro
 
     def _set(self, wanted: list[tuple[Entry, int]]) -> dict[int, EdgeholdError]:
         refused: dict[int, EdgeholdError] = {}

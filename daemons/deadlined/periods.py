@@ -34,8 +34,10 @@ _VARIATION_OF_FEW = 0.12
 _TOLERANCE = 0.03
 _PARTNERS = 0.75
 _NEARLY_BEST = 0.85
-_AMBIGUOUS = 0.6
+# A part of the period that has so many partners makes it ambiguous; after so many periods there must still be as many.
+_STILL = 0.6
 _PARTS = (2, 3, 4, 5)
+_LASTS = 5
 # A period shorter than the mean interval is one inside of bursts.
 _SHORTEST = 0.8
 _STEP = 1.02
@@ -75,12 +77,15 @@ def infer(activations_ns: Sequence[int], stalls_ns: Sequence[int] = (), *, patte
     if len(intervals) < _PERIODS or activations_ns[-1] <= activations_ns[0]:
         return Inference(None, reason=f"it was activated {_times(len(activations_ns))}, too seldom to show a period")
     found = _even(activations_ns, intervals)
+    even = True
     if found is None and patterns:
         found = _pattern(activations_ns[-_PATTERN:])
-        intervals = []  # which of them would be free of stalls is not asked: any is too much
+        even = False
     if found is None:
         return Inference(None, reason="its activations show no period")
-    if found.period_ns is not None and not _undisturbed(found.period_ns, intervals, stalls_ns[1:]):
+    # A little waiting makes no pattern. More of it may, unless the intervals without it are as long.
+    stalled = sum(stalls_ns[1:]) >= _WAITED * (activations_ns[-1] - activations_ns[0])
+    if found.period_ns is not None and stalled and not (even and _free(found.period_ns, intervals, stalls_ns[1:])):
         return Inference(None, reason="it was kept waiting so often that its activations may not be its own")
     return found
 
@@ -93,17 +98,15 @@ def can_infer(elapsed_ns: int, executed_ns: int, run_delay_ns: int, *, stalled_n
     """
     if executed_ns + run_delay_ns >= _BUSY * elapsed_ns:
         ran, waited = executed_ns / elapsed_ns, run_delay_ns / elapsed_ns
-        return f"it hardly ever sleeps: it ran for {ran:.0%} of the time and waited for a CPU or its budget for {waited:.0%}"
+        return f"it hardly ever sleeps: {ran:.0%} of the time it ran, {waited:.0%} it waited for a CPU or its budget"
     waited = (run_delay_ns - stalled_ns) / elapsed_ns
     if waited >= _WAITED:
         return f"once awake it had to wait, for {waited:.0%} of the time: its activations may not be its own"
     return ""
 
 
-def _undisturbed(period_ns: int, intervals: Sequence[int], stalls: Sequence[int]) -> bool:
-    """Whether stalls did not make the period: there are next to none, or the intervals without one are as long."""
-    if sum(stalls) < _WAITED * period_ns * len(stalls):
-        return True
+def _free(period_ns: int, intervals: Sequence[int], stalls: Sequence[int]) -> bool:
+    """Whether the intervals in which the thread was not kept waiting show the same period."""
     free = [one for one, stall in zip(intervals, stalls, strict=False) if stall < _STALL * period_ns]
     return len(free) >= _FREE and abs(sum(free) / len(free) - period_ns) <= _AGREE * period_ns
 
@@ -152,8 +155,11 @@ def _pattern(times: Sequence[int]) -> Inference | None:
         text = f"its activations repeat only every {tau / NS_PER_MS:.1f} ms, after {tau / mean:.0f} of them"
         return Inference(None, reason=text)
     # With a tolerance as wide as the whole's: jitter hides a period better than its multiples.
-    if any(_score(times, tau / part, mean, tolerance=_TOLERANCE * part) >= _AMBIGUOUS for part in _PARTS):
+    if any(_score(times, tau / part, mean, tolerance=_TOLERANCE * part) >= _STILL for part in _PARTS):
         return Inference(None, reason=f"its activations have several periods, {tau / NS_PER_MS:.1f} ms is the longest")
+    # Bursts have a pace too, but it begins anew with each of them.
+    if _score(times, _LASTS * tau, mean) < _STILL:
+        return None
     middle = len(times) // 2
     for half in (times[:middle], times[middle:]):
         found, asked = _partners(half, tau)

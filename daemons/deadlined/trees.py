@@ -139,9 +139,11 @@ class TreeSource:
             return None
         one = _Member(directory)
         try:
-            if _parent(directory, pid) in self._members:
+            parent, ended = _status(directory, pid)
+            if parent in self._members:
                 one.links = os.stat("task", dir_fd=directory).st_nlink
-                one.tids = tuple(_threads(one))
+                one.ended = {pid} if ended else set()
+                one.tids = tuple(_threads(one) - one.ended)
         except OSError as error:
             if not procfs.is_gone(error):
                 os.close(directory)
@@ -182,10 +184,16 @@ def _children(one: _Member) -> list[int]:
     return found
 
 
-def _parent(directory: int, pid: int) -> int:
-    """The parent of a process; 0 where it is not one but a thread of another. Raises `OSError`."""
+def _status(directory: int, pid: int) -> tuple[int, bool]:
+    """The parent of a process, and whether its first thread has ended. Parent 0: a thread of another process.
+
+    Raises:
+        OSError: see `procfs.is_gone`.
+    """
     fields = dict(line.split(b":", 1) for line in _read(directory, "status").splitlines() if b":" in line)
-    return int(fields.get(b"PPid", b"0")) if int(fields.get(b"Tgid", b"0")) == pid else 0
+    if int(fields.get(b"Tgid", b"0")) != pid:
+        return 0, False
+    return int(fields.get(b"PPid", b"0")), fields.get(b"State", b"").strip()[:1] in {b"Z", b"X", b"x"}
 
 
 def _read(directory: int, name: str) -> bytes:

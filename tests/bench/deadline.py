@@ -42,8 +42,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=20, help="sampling: passes by each way (default: 20)")
     parser.add_argument("--traced", type=float, default=10.0, help="calls: seconds under strace (default: 10)")
     parser.add_argument("--busy", type=int, default=MANY, help=f"overhead: threads that work (default: {MANY})")
-    parser.add_argument("--work-us", type=int, default=100, help="their work (default: 100)")
-    parser.add_argument("--every-ms", type=int, default=100, help="how often they do it (default: 100)")
+    parser.add_argument("--work-us", type=int, default=150, help="their work (default: 150)")
+    parser.add_argument("--every-ms", type=int, default=200, help="how often they do it (default: 200)")
     options = parser.parse_args()
     if unknown := sorted(set(options.parts) - PARTS.keys()):
         parser.error(f"no such part: {', '.join(unknown)} (there are {', '.join(PARTS)})")

@@ -110,8 +110,8 @@ def leave(tid: int, own: SchedAttr, *, grow: bool = True) -> reservation.Left:
     return reservation.leave(tid, own, period_ns=P, max_budget_ns=CAP, grow=grow)
 
 
-def executing(tids: list[int], *, timeout_s: float = PATIENCE_S) -> set[int]:
-    """Those that executed more than a budget within some time from now on, as soon as it is all of them."""
+def executing(tids: list[int], *, more_than_ns: int = 10 * MS, timeout_s: float = PATIENCE_S) -> set[int]:
+    """Those that executed more than this within some time from now on, as soon as it is all of them."""
     with Sampler() as sampler:
         begin = {tid: sampler.add(tid).executed_ns for tid in tids}
         moved: set[int] = set()
@@ -119,7 +119,7 @@ def executing(tids: list[int], *, timeout_s: float = PATIENCE_S) -> set[int]:
         while len(moved) < len(tids) and time.monotonic() < end:
             time.sleep(0.1)
             now = sampler.sample()
-            moved = {tid for tid in tids if now[tid].executed_ns > begin[tid] + 10 * MS}
+            moved = {tid for tid in tids if now[tid].executed_ns > begin[tid] + more_than_ns}
         return moved
 
 
@@ -171,32 +171,6 @@ def test_throttled_hogs_that_are_attached_again_after_the_gap_execute(hogs: list
         time.sleep(max(one.gap_ns for one in left.values()) / 1e9)
 
 
-def test_a_stuck_thread_is_revived_by_leaving(hogs: list[int]) -> None:
-    own = {tid: hold(tid, 5) for tid in hogs}
-    for _ in range(10):
-        executing(hogs)
-        # What deadlined never does: out in the middle of a throttled period, and in again before the 0-lag time.
-        for tid in hogs:
-            sched.set_attr(tid, own[tid])
-        time.sleep(0.15)
-        for tid in hogs:
-            hold(tid, 5)
-        stuck = set(hogs) - executing(hogs, timeout_s=4)
-        print("PROVOKED", len(stuck))
-        left = {tid: leave(tid, own[tid], grow=False) for tid in hogs}
-        assert executing(hogs) == set(hogs)
-        time.sleep(max(one.gap_ns for one in left.values()) / 1e9)
-        for tid in hogs:
-            hold(tid, 5)
-        if stuck:
-            break
-    else:
-        pytest.skip(f"this kernel left none throttled in {10 * HOGS} attempts")
-    assert executing(hogs) == set(hogs)
-    for tid in hogs:
-        leave(tid, own[tid])
-
-
 def test_everybody_gets_back_what_he_had(load: Load) -> None:
     all_own = (
         SchedAttr(nice=5),
@@ -237,14 +211,14 @@ async def until(look: Callable[[], Awaitable[bool]], what: str) -> None:
         raise AssertionError(f"not within {PATIENCE_S:g} s: {what}") from None
 
 
-async def test_a_killed_daemon_s_successor_restores_twenty_threads(load: Load) -> None:
+async def test_a_killed_daemon_s_successor_restores_and_who_is_stuck_is_revived(load: Load, hogs: list[int]) -> None:
     before = settled(available)
     child = load.sleeper()
     tids = [child.pid, *(child.thread() for _ in range(19))]
     asleep(tids)
     for tid in tids:
         sched.set_attr(tid, SchedAttr(policy=Policy.BATCH, nice=3))
-    own = {tid: sched.get(tid) for tid in tids}
+    own = {tid: sched.get(tid) for tid in [*tids, *hogs]}
     with private_directory() as directory:
         path = directory / "api.sock"
         settings = {"socket": str(path), "state_dir": str(directory / "state"), "vmand_socket": str(directory / "no")}
@@ -258,17 +232,45 @@ async def test_a_killed_daemon_s_successor_restores_twenty_threads(load: Load) -
             await daemon.kill()
             assert {sched.get(tid).policy for tid in tids} == {Policy.DEADLINE}
             await daemon.start(timeout_s=PATIENCE_S)
-            assert {tid: sched.get(tid) for tid in tids} == own
+            assert {tid: sched.get(tid) for tid in own} == own
             assert settled(available) == pytest.approx(before, abs=NEAR)
-            async with DeadlinedClient(path) as client:
-                one = await client.attach(Target(kind=TargetKind.PROCESS, id=child.pid), policy)
-
-                async def held() -> bool:
-                    threads = (await client.attachment(one.id)).attachment.threads
-                    return [held.state for held in threads] == [ThreadState.HELD] * 20
-
-                await until(held, "they are held again, after the gap")
+            await revived(daemon, path, hogs)
         finally:
             assert await daemon.stop(timeout_s=PATIENCE_S) == 0
         assert "Traceback" not in daemon.log_text()
-    assert {tid: sched.get(tid) for tid in tids} == own
+    assert {tid: sched.get(tid) for tid in own} == own
+
+
+async def revived(daemon: Daemon, path: Path, hogs: list[int]) -> None:
+    """The daemon finds a thread that the kernel left throttled, takes it out and holds it again."""
+    two = SchedAttr.deadline(runtime_ns=2 * MS, period_ns=P)
+    async with DeadlinedClient(path) as client:
+        policy = api.Policy(initial_budget_ns=2 * MS, min_budget_ns=2 * MS, cap=0.02)
+        attached = {(await client.attach(Target(kind=TargetKind.THREAD, id=tid), policy)).id: tid for tid in hogs}
+        for _ in range(10):
+            await asyncio.to_thread(executing, hogs)
+            # What deadlined never does: out in the middle of a throttled period, in again before the 0-lag time.
+            for tid in hogs:
+                sched.set_attr(tid, SchedAttr(nice=19))
+            await asyncio.sleep(0.15)
+            for tid in hogs:
+                sched.set_attr(tid, two)
+            still = set(hogs) - await asyncio.to_thread(executing, hogs, more_than_ns=0, timeout_s=3)
+            print("PROVOKED", len(still))
+            if still:
+                break
+        else:
+            pytest.skip(f"this kernel left none throttled in {10 * HOGS} attempts")
+
+        async def found() -> bool:
+            return "left throttled" in daemon.log_text()
+
+        await until(found, "the daemon finds one")
+
+        async def held() -> bool:
+            all_threads = [one.threads[0] for one in await client.list_attachments()]
+            # Whom it saw outside is somebody else's by now, and stays where it is.
+            return not [one for one in all_threads if one.state is not ThreadState.HELD and "else" not in one.reason]
+
+        await until(held, "it is held again")
+        assert executing(hogs) == set(hogs)

@@ -21,6 +21,7 @@ from edgehold.api.deadlined import (
     Attachment,
     DeadlinedClient,
     Policy,
+    Rule,
     Sample,
     Target,
     TargetKind,
@@ -96,8 +97,8 @@ def process(pid: int) -> Target:
     return Target(kind=TargetKind.PROCESS, id=pid)
 
 
-def policy(budget_ms: float = 10, cap: float = 0.8, floor_ms: float = 1) -> Policy:
-    return Policy(initial_budget_ns=round(budget_ms * MS), cap=cap, min_budget_ns=round(floor_ms * MS))
+def policy(budget_ms: float = 10, cap: float = 0.8, floor_ms: float = 1, rule: Rule = Rule.FAST) -> Policy:
+    return Policy(initial_budget_ns=round(budget_ms * MS), cap=cap, min_budget_ns=round(floor_ms * MS), rule=rule)
 
 
 async def until(
@@ -111,12 +112,13 @@ async def until(
         raise AssertionError(f"not within {timeout_s:g} s: {what}") from None
 
 
+@pytest.mark.parametrize("rule", [Rule.FAST, Rule.REFERENCE])
 async def test_the_budget_finds_the_need_and_detaching_gives_everything_back(
-    client: DeadlinedClient, load: Load
+    client: DeadlinedClient, load: Load, rule: Rule
 ) -> None:
     pid = load.periodic(work_s=0.010, period_s=0.1).pid
     own = sched.get(pid)
-    one = await client.attach(thread(pid), policy(2))
+    one = await client.attach(thread(pid), policy(2, rule=rule))
     assert one.threads[0].state is ThreadState.HELD
     assert sched.get(pid) == SchedAttr.deadline(runtime_ns=2 * MS, period_ns=100 * MS)
 
@@ -131,7 +133,7 @@ async def test_the_budget_finds_the_need_and_detaching_gives_everything_back(
     history = (await client.attachment(one.id)).history
     assert history[0].budget_ns < 10 * MS
     assert max(sample.budget_ns for sample in history) > 20 * MS
-    assert max(sample.multiplier for sample in history) >= 4
+    assert (max(sample.multiplier for sample in history) >= 4) is (rule is Rule.REFERENCE)
     await client.detach(one.id)
     assert sched.get(pid) == own
     assert await client.list_attachments() == []
@@ -230,13 +232,13 @@ async def test_a_killed_daemon_s_successor_restores_everything(
         assert again.id == 3  # 1 and 2 were the predecessor's
 
 
-def row(tid: int) -> Row:
+def row(tid: int, *, period_ns: int = 100 * MS) -> Row:
     return Row(
         tid=tid,
         start_ticks=procfs.stat(tid).start_ticks,
         original=SchedAttr(),
-        period_ns=100 * MS,
-        max_budget_ns=80 * MS,
+        period_ns=period_ns,
+        max_budget_ns=period_ns * 8 // 10,
     )
 
 
@@ -247,7 +249,8 @@ async def test_what_a_stale_row_means_at_the_start(
     assert await daemon.stop() == 0
     theirs, left, halfway = load.hog().pid, load.hog().pid, load.sleeper().pid
     journal = Journal(directory / "state", boot_id=procfs.boot_id())
-    journal.hold([row(theirs), row(left), row(halfway)])
+    # A gap that is long enough for the start of a daemon on a busy machine.
+    journal.hold([row(theirs), row(left, period_ns=4000 * MS), row(halfway)])
     journal.close()
     own = SchedAttr.deadline(runtime_ns=5 * MS, period_ns=50 * MS)
     sched.set_attr(theirs, own)  # by somebody else, since
@@ -299,13 +302,10 @@ async def test_a_full_disk_holds_nobody_new_and_restores_everybody(
     held = (await client.list_attachments())[0]
     await until(lambda: _has_samples(client, held.id), what="the cycle goes on")
     await daemon.kill()
-    with pytest.raises(FailedError, match=r"journal\.db"):
-        await daemon.start()
+    await daemon.start()  # to restore needs no room
     assert not [name for name in os.listdir(small_disk) if name.endswith(".broken")]  # noqa: PTH208
-    assert sched.get(second).policy is sched.Policy.DEADLINE
-    (small_disk / "ballast").unlink()
-    await daemon.start()
     assert sched.get(second).policy is sched.Policy.OTHER
+    (small_disk / "ballast").unlink()
     async with DeadlinedClient(directory / "api.sock") as again:
         await again.attach(thread(third))
         fill(small_disk)
@@ -456,21 +456,27 @@ async def test_no_bandwidth_is_an_answer_and_not_a_loop(client: DeadlinedClient,
     room = (await client.capacity()).available
     big = [load.hog().pid for _ in range(int(room / 0.8))]
     held = [await client.attach(thread(pid), policy(80, floor_ms=80)) for pid in big]
-    with pytest.raises(NoCapacityError, match="EBUSY"):
-        await client.attach(thread(load.hog().pid), policy(80))
+    waiting = await client.attach(thread(load.hog().pid), policy(80, floor_ms=80))
+
+    async def waits() -> bool:
+        one = (await client.attachment(waiting.id)).attachment.threads[0]
+        return one.state is ThreadState.WAITING and "smallest budget" in one.reason
+
+    await until(waits, what="it is told that not even the floor fits")
+    await client.detach(waiting.id)
     small = await client.attach(thread(load.hog().pid), policy(2))
 
-    async def refused() -> bool:
+    async def compressed() -> bool:
         one = (await client.attachment(small.id)).attachment.threads[0]
-        return one.state is ThreadState.HELD and "EBUSY" in one.reason
+        return one.state is ThreadState.HELD and one.budget_ns < one.wanted_ns and "shared by weight" in one.reason
 
-    await until(refused, what="the raise is refused and told")
+    await until(compressed, what="it has what is left, and is told why not more")
     before = (await client.attachment(small.id)).attachment.threads[0].budget_ns
     await client.detach(held[0].id)
 
     async def raised() -> bool:
         one = (await client.attachment(small.id)).attachment.threads[0]
-        return one.budget_ns > before and not one.reason
+        return one.budget_ns > 1.5 * before
 
     await until(raised, what="what was given up is used")
     assert daemon.log_text().count("EBUSY") == 0

@@ -321,11 +321,11 @@ def test_a_refusal_keeps_the_kernel_s_words_and_adds_the_cure(
     number: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(_self: native_bpf.Bpf) -> None:
-        raise OSError(number, "as the kernel said")
+        raise OSError(number, "as\nthe kernel said")
 
     monkeypatch.setattr(native_bpf.Bpf, "__init__", refused)
     monkeypatch.setattr(taskiter, "_elsewhere", lambda: "")
-    with pytest.raises(UnsupportedError, match=rf"as the kernel said: .*{words}"):
+    with pytest.raises(UnsupportedError, match=rf"as \| the kernel said: .*{words}"):
         taskiter.TaskIterator.open()
 
 

@@ -1,7 +1,6 @@
 """Which limits lie above which threads: over directories that look like cgroups, and how little is read for it."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,8 +30,9 @@ class Host:
 
     def put(self, path: str, *tids: int) -> None:
         """Move threads into a cgroup below the mount."""
-        self.of |= dict.fromkeys(tids, f"/part/{path}".rstrip("/"))
-        for place in {path, *(one.removeprefix("/part/") for one in self.of.values())}:
+        left = {self.of[tid].removeprefix("/part/") for tid in tids if tid in self.of}
+        self.of |= dict.fromkeys(tids, f"/part/{path}")
+        for place in {path, *left}:
             inside = [tid for tid, one in self.of.items() if one == f"/part/{place}"]
             (self.mount / place).mkdir(parents=True, exist_ok=True)
             (self.mount / place / "cgroup.threads").write_text("".join(f"{tid}\n" for tid in inside))
@@ -141,7 +141,7 @@ def test_work_in_one_call_is_bounded(host: Host, monkeypatch: pytest.MonkeyPatch
     ceilings = Ceilings(seen=[host.where])
     ceilings.refresh(0, tids)
     read = 0
-    really: Callable[[str, int], cgroup.Quota | None] = cgroup.quota
+    really = cgroup.quota
 
     def counted(directory: str, version: int) -> cgroup.Quota | None:
         nonlocal read

@@ -164,7 +164,7 @@ def test_one_that_is_not_there_is_refused_or_waited_for(v2: Hierarchy, births: B
     [("/system.slice/d.service", "/system.slice/d.service"), ("/system.slice", "/system.slice/d.service")],
 )
 @pytest.mark.parametrize("whose", ["deadlined itself", "the init process"])
-def test_nobody_holds_init_or_deadlined(  # noqa: PLR0913, PLR0917 - one case
+def test_nobody_holds_init_or_deadlined(  # noqa: PLR0917 - one case
     path: str, theirs: str, whose: str, v2: Hierarchy, births: Births, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def memberships(tid: int) -> dict[str, str]:

@@ -12,7 +12,7 @@ import click
 import pytest
 from msgspec import Struct
 
-from deadlined import api
+from deadlined import api, cli_run
 from deadlined.cli import deadlinectl
 from deadlined.config import Settings
 from deadlined.metrics import Metrics
@@ -66,6 +66,12 @@ def test_deadlinectl_1_has_all_commands_and_their_options() -> None:
         name, _newline, rest = part.partition("\n")
         told[name] = options(rest)
     assert told == {name: spellings(one) for name, one in commands().items()}
+
+
+def test_deadlined_8_has_its_commands_and_their_options() -> None:
+    parts = section(source("deadlined.8"), "COMMANDS").split(".SS ")[1:]
+    told = {name: options(rest) for name, _newline, rest in (part.partition("\n") for part in parts)}
+    assert told == {"run": spellings(cli_run.run), "recover": spellings(cli_run.recover)}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

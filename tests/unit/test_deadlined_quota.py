@@ -67,7 +67,7 @@ def sample(time_ms: float, executed_ms: float, periods: int, throttled: int) -> 
         (500, 10, 9, True),
     ],
 )
-def test_when_a_group_is_saturated(executed_ms: float, periods: int, throttled: int, saturated: bool | None) -> None:  # noqa: FBT001
+def test_when_a_group_is_saturated(executed_ms: float, periods: int, throttled: int, saturated: bool | None) -> None:
     before = sample(1000, 70, 10, 3)
     after = sample(1500, 70 + executed_ms, 10 + periods, 3 + throttled)
     assert is_saturated(before, after, budget_ns=10 * MS, period_ns=PERIOD_NS) is saturated
@@ -112,7 +112,7 @@ def test_what_somebody_else_has_written_stays(group: Group, file: Path) -> None:
     file.write_text("20000 100000")
     assert group.taken()
     for _ in range(2):
-        with pytest.raises(BadStateError, match="somebody else changed cpu.max of cgroup /a to '20000 100000'"):
+        with pytest.raises(BadStateError, match=r"somebody else changed cpu\.max of cgroup /a to '20000 100000'"):
             group.set(30 * MS)
     assert not group.restore()
     assert file.read_text() == "20000 100000"

@@ -203,9 +203,10 @@ def _elsewhere() -> str:
 
 def _explain(error: OSError) -> str:
     """What an operator should know of a refusal."""
+    said = (error.strerror or "").replace("\n", " | ")  # the verifier has several lines to say
     if error.errno == errno.EPERM:
-        return f"{error.strerror}: {_denied()}"
-    return f"{error.strerror}: {_CURES.get(error.errno or 0, 'the kernel does not take the program')}"
+        return f"{said}: {_denied()}"
+    return f"{said}: {_CURES.get(error.errno or 0, 'the kernel does not take the program')}"
 
 
 def _denied() -> str:

@@ -31,7 +31,7 @@ _COUNT = struct.Struct("=q")
 _CHILD = """
 import ctypes, gc, mmap, os, struct, time
 from sys import argv
-fd, capacity, parent, work, period, origin = map(int, argv[1:])
+fd, capacity, parent, work, period = map(int, argv[1:])
 class Timespec(ctypes.Structure):
     _fields_ = [("s", ctypes.c_long), ("ns", ctypes.c_long)]
 # time.sleep() is relative: a thread that is throttled on its way there would leave the grid.
@@ -40,8 +40,8 @@ record, count = struct.Struct("=5q"), struct.Struct("=q")
 shared = mmap.mmap(fd, count.size + capacity * record.size)
 now, used, store, above = time.monotonic_ns, time.thread_time_ns, record.pack_into, os.getppid
 gc.disable()
-origin = origin or now()
 print("ready", flush=True)
+origin = int(input()) or now()
 for number in range(capacity):
     release = origin + number * period
     until = Timespec(*divmod(release, 10**9))
@@ -75,22 +75,24 @@ class Job(NamedTuple):
 class PeriodicJob:
     """One such thread; use as a context manager."""
 
-    def __init__(self, *, work_s: float, period_s: float, origin_ns: int = 0) -> None:
+    def __init__(self, *, work_s: float, period_s: float, origin_ns: int | None = 0) -> None:
         """``work_s`` seconds of CPU time every ``period_s`` seconds.
 
-        ``origin_ns``: when the first job is released, in CLOCK_MONOTONIC; 0: as soon as the thread is there.
+        ``origin_ns``: when the first job is released, in CLOCK_MONOTONIC; 0: as soon as the thread is there; None:
+        `begin` says it later.
         """
+        self._origin_ns = origin_ns
         self.work_ns = round(work_s * NS_PER_S)
         self.period_ns = round(period_s * NS_PER_S)
         self._fd = os.memfd_create("edgehold-job", os.MFD_CLOEXEC)
         size = _COUNT.size + CAPACITY * _RECORD.size
         os.ftruncate(self._fd, size)
         self._shared = mmap.mmap(self._fd, size)
-        arguments = (self._fd, CAPACITY, os.getpid(), self.work_ns, self.period_ns, origin_ns)
+        arguments = (self._fd, CAPACITY, os.getpid(), self.work_ns, self.period_ns)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-S", "-c", _CHILD, *map(str, arguments)],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, pass_fds=[self._fd], start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[self._fd], start_new_session=True,
             )  # fmt: skip
         except BaseException:
             self._release()
@@ -99,16 +101,27 @@ class PeriodicJob:
         """The thread's id, which is its process' id too."""
 
     def __enter__(self) -> Self:
-        """Wait until the thread is about to wait for its first release.
+        """Wait until the thread is there.
 
         Raises:
             RuntimeError: it ended instead.
         """
         assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
-        if self._process.stdout.readline() != b"ready\n":
+        try:
+            if self._process.stdout.readline() != b"ready\n":
+                raise RuntimeError("the periodic thread ended before it began")
+            if self._origin_ns is not None:
+                self.begin(self._origin_ns)
+        except BaseException:
             self.end()
-            raise RuntimeError("the periodic thread ended before it began")
+            raise
         return self
+
+    def begin(self, origin_ns: int = 0) -> None:
+        """Release the first job: at that time of CLOCK_MONOTONIC, or (0) now. Only once."""
+        assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
+        self._process.stdin.write(b"%d\n" % origin_ns)
+        self._process.stdin.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -126,8 +139,9 @@ class PeriodicJob:
         """End the process and wait for it."""
         self._process.kill()  # our own child, not waited for yet: the pid can't be another's
         self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
         self._release()
 
     def _release(self) -> None:

@@ -175,7 +175,8 @@ def deadline_threads() -> dict[int, SchedAttr]:
         with contextlib.suppress(GoneError):
             for tid in procfs.threads(pid):
                 attr = sched.get(tid)
-                if attr.policy is sched.Policy.DEADLINE:
+                # A period of 0: read while it was changing (the kernel takes no lock of ours).
+                if attr.policy is sched.Policy.DEADLINE and attr.period_ns:
                     found[tid] = attr
     return found
 

@@ -77,7 +77,10 @@ def application(
         except web.HTTPException as error:
             code = {404: "not-found", 405: "bad-request"}.get(error.status, "bad-request")
             text = f"{request.method} {request.path[:200]}: {error.reason}"
-            return refusal(EdgeholdError(text, code=code), status=error.status)
+            refused = refusal(EdgeholdError(text, code=code), status=error.status)
+            if allowed := error.headers.get("Allow"):  # RFC 9110, 15.5.6
+                refused.headers["Allow"] = allowed
+            return refused
         _note(request, "done")
         return answered
 
