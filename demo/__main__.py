@@ -121,7 +121,8 @@ class Demo:
                 jobs = self.story.jobs_between(mark_ns, mark_ns := time.monotonic_ns())
                 at_s = (sample.time_ns - self.story.started_ns) / NS_PER_S
                 cells = "  ".join(
-                    f"{one / NS_PER_MS:6.2f} ms" for one in (sample.budget_ns, sample.executed_ns, sample.run_delay_ns)
+                    f"{one / NS_PER_MS:6.2f} ms"
+                    for one in (sample.budget_ns, sample.executed_per_period_ns, sample.run_delay_per_period_ns)
                 )
                 print(f"{at_s:6.1f}s  {cells}  {worst(jobs):>10}", flush=True)
             if spent >= at_least and self.story.converged():

@@ -42,7 +42,9 @@ def picture(story: Story) -> str:
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(11, 6.6), constrained_layout=True)
     times = [seconds(sample.time_ns) for sample in story.samples]
     above.step(times, [s.budget_ns / NS_PER_MS for s in story.samples], where="post", color=BLUE, label="budget Q")
-    above.plot(times, [s.executed_ns / NS_PER_MS for s in story.samples], color=ORANGE, marker=".", label="executed")
+    above.plot(
+        times, [s.executed_per_period_ns / NS_PER_MS for s in story.samples], color=ORANGE, marker=".", label="executed"
+    )
     above.set_ylabel("ms per period of 100 ms")
     above.legend(loc="upper right", frameon=False)
     above.set_title("Budget and executed time of the guest's vCPU thread", loc="left", pad=16)

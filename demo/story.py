@@ -77,7 +77,7 @@ class Story:
 
     def need_ms(self) -> float:
         """What the vCPU executes a period once things are steady: the median of the last cycles."""
-        return statistics.median(sample.executed_ns for sample in self.samples[-STEADY_CYCLES:]) / NS_PER_MS
+        return statistics.median(sample.executed_per_period_ns for sample in self.samples[-STEADY_CYCLES:]) / NS_PER_MS
 
     def last_response_ms(self) -> float:
         """The response time once things are steady: the median of the last jobs."""

@@ -61,7 +61,9 @@ def arguments() -> argparse.Namespace:
         "--first-budget-ms", type=float, choices=FIRST_BUDGETS_MS, action="append", help="only this one"
     )
     parser.add_argument("--phase-ms", type=float, default=0.0, help="from the attachment to the first job (default: 0)")
-    parser.add_argument("--figures", type=Path, help="a directory for a copy of the PNG pictures")
+    parser.add_argument(
+        "--docs", type=Path, help="a directory whose experiment.md gets the new table, and whose figures/ the pictures"
+    )
     options = parser.parse_args()
     least = max(least_seconds(one) for one in VARIANTS)
     if options.repeat < 1 or options.seconds < least:
@@ -125,11 +127,11 @@ def main() -> int:
     print(f"\n{report.show(book.runs, book.summaries)}\n")
     print("\n".join([*(f"{name}: {text}" for name, text in facts.items()), "", *(one.line() for one in found)]))
     print(f"report: {page.relative_to(ROOT)}")
-    if options.figures:
-        options.figures.mkdir(parents=True, exist_ok=True)
+    if options.docs:
+        report.document(options.docs, runs=book.runs, summaries=book.summaries, verdicts=found, facts=facts)
         for path in pictures:
             if path.suffix == ".png":
-                shutil.copy(path, options.figures)
+                shutil.copy(path, options.docs / "figures")
     return status or (0 if all(one.good for one in found) else 1)
 
 

@@ -15,6 +15,7 @@ HEADER = [
     "RULE", "FROM", "THREAD", "BUDGET IN MS AFTER CYCLES 1 TO 8", "GOOD IN CYCLE", "PEAK", "SETTLED", "STEADY Q/C",
     "WORST RESPONSE", "LATE", "CALLS",
 ]  # fmt: skip
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -87,3 +88,35 @@ def write(
         encoding="utf-8",
     )
     return page
+
+
+def document(
+    directory: Path,
+    *,
+    runs: Sequence[Run],
+    summaries: Sequence[Sequence[Summary]],
+    verdicts: Sequence[Verdict],
+    facts: Mapping[str, str],
+) -> None:
+    """Put the first repetition's table, the host and the bars of all into ``experiment.md``, between its marks."""
+    page = directory / "experiment.md"
+    first = [index for index, run in enumerate(runs) if run.number == 1]
+    rows = show([runs[index] for index in first], [summaries[index] for index in first])
+    told = "\n".join([
+        rows, "", *(f"{name}: {text}" for name, text in facts.items()), "", *(one.line() for one in verdicts)
+    ])  # fmt: skip
+    block = "\n".join(f"    {line}".rstrip() for line in told.splitlines())
+    page.write_text(between_marks(page.read_text(encoding="utf-8"), f"\n\n{block}\n\n"), encoding="utf-8")
+
+
+def between_marks(text: str, new: str) -> str:
+    """A page whose measured part is replaced.
+
+    Raises:
+        ValueError: it has no marks.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _old, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page has no {BEGIN} and {END}")
+    return f"{before}{begin}{new}{end}{after}"

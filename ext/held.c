@@ -31,6 +31,7 @@
 #define SHORTEST_WINDOW(cycle) ((cycle) / 2)
 #define POLICY_DEADLINE 6
 #define STATE_RUNNING 0 /* TASK_RUNNING */
+#define STATE_ENDED 0x30 /* EXIT_DEAD, EXIT_ZOMBIE: its parent has not looked yet */
 
 static_assert(sizeof(struct eh_sample) == 80, "struct eh_sample is what Python unpacks");
 static_assert(sizeof(struct eh_todo) == 16, "struct eh_todo is what Python unpacks");
@@ -126,6 +127,8 @@ static uint32_t look(const struct eh_held *row, const struct eh_pass *pass, int 
         if (at >= 0 && pass->tasks[at].start_boottime_ns / NS_PER_TICK == row->start_ticks) {
             const struct eh_task *task = &pass->tasks[at];
 
+            if (task->state & STATE_ENDED)
+                return EH_TODO_GONE;
             /* Not every kernel tells `throttled`; one that wants to run and has nothing left is, or will be at the tick. */
             *seen = (struct seen){task->executed_ns, task->run_delay_ns,
                                   task->throttled || (task->state == STATE_RUNNING && task->dl_runtime_ns <= 0),

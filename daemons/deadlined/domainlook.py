@@ -169,8 +169,8 @@ class Looker:
             self._drop(name)
             return seen
         guest, reason = self._guest(name, domain, number, uuid)
-        if guest is None:
-            return seen | {"reason": reason}
+        if guest is None:  # while it ends, that is no news
+            return seen if state == libvirt.VIR_DOMAIN_SHUTDOWN else seen | {"reason": reason}
         tids = guest.vcpus()
         if not tids:
             return seen | {"reason": f"its process {guest.pid} has no thread that is called a vCPU (yet)"}

@@ -1,7 +1,7 @@
 """How all held threads are sampled at once: by the kernel's own list where it can be read, else one by one.
 
-A pass over the list costs some tens of microseconds on any host and then a tenth of what reading a thread's file does,
-so with few threads the files are cheaper.
+A pass over the list looks at each thread of the host, whoever's it is, for less than half of what reading the file of
+one costs: it is worth it where many of them are held (docs/adr/0005).
 """
 
 import logging
@@ -9,12 +9,13 @@ from typing import Any
 
 from edgehold.clock import Clock
 from edgehold.errors import UnsupportedError
+from edgehold.kernel import taskiter
 from edgehold.kernel.taskiter import TaskBuffer, TaskIterator
 
 log = logging.getLogger(__name__)
 
-# From so many held threads on the list is read.
-_WORTH_IT = 16
+# So many passes go by until the host's threads are counted again.
+_COUNT_AGAIN = 20
 Read = tuple[Any, int, int]
 """The records, how many, and when the reading began (CLOCK_MONOTONIC in ns)."""
 _NOTHING: Read = (None, 0, 0)
@@ -23,21 +24,28 @@ _NOTHING: Read = (None, 0, 0)
 class Tasks:
     """The iterator, opened when it is worth it for the first time."""
 
-    def __init__(self, clock: Clock, *, worth_it: int = _WORTH_IT) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._worth_it = worth_it
+        self._passes = 0
+        self._threads = 0
         self._iterator: TaskIterator | None = None
         self._buffer: TaskBuffer | None = None
         self._why_not = ""
+        self._used = False
 
     def __str__(self) -> str:
         if self._why_not:
             return f"a file for each thread: {self._why_not}"
-        return f"the kernel's list of deadline threads, from {self._worth_it} threads on"
+        now = "read now" if self._used else "at the moment a file for each thread costs less"
+        return f"the kernel's list of deadline threads where it is worth it; {now}"
 
     def read(self, threads: int) -> Read:
         """The list, if it is worth it and can be read."""
-        if threads < self._worth_it or self._why_not:
+        if self._passes % _COUNT_AGAIN == 0:
+            self._threads = taskiter.host_threads()
+        self._passes += 1
+        self._used = not self._why_not and self._threads > 0 and taskiter.pays(held=threads, threads=self._threads)
+        if not self._used:
             return _NOTHING
         now = self._clock.monotonic_ns()
         try:

@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="steady: length of each situation (default: 10)")
     parser.add_argument("--settle", type=float, default=15.0, help="seconds before steadiness counts (default: 15)")
     parser.add_argument(
-        "--threads", type=int, nargs="+", default=[MANY, MORE], help=f"how many are held (default: {MANY} {MORE})"
+        "--threads", type=int, nargs="*", default=[MANY, MORE], help=f"how many are held (default: {MANY} {MORE})"
     )
     parser.add_argument("--passes", type=int, default=20, help="sampling: passes by each way (default: 20)")
     parser.add_argument("--traced", type=float, default=10.0, help="calls: seconds under strace (default: 10)")

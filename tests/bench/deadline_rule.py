@@ -6,7 +6,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from edgehold.api.deadlined import Policy, Sample, Target, TargetKind, ThreadState
 from edgehold.clock import NS_PER_MS, NS_PER_S
@@ -138,7 +138,7 @@ class Looks:
     looks: int = 0
     unexplained: int = 0
     """Threads with less than is wanted and no reason why, at a look after the first cycle."""
-    reasons: tuple[str, ...] = ()
+    reasons: set[str] = field(default_factory=set)
 
 
 async def overload(options: Namespace) -> Outcome:
@@ -156,7 +156,7 @@ async def overload(options: Namespace) -> Outcome:
                 children[0].end()
                 fewer, grown = await _watch(daemon, ids[1:], looks)
         what = f"{hogs} hogs, {room:.2f} CPUs free"
-        note = f"{sums:.2f} CPUs given; reasons: {looks.unexplained} missing; {'; '.join(looks.reasons[:1])}"
+        note = f"{sums:.2f} CPUs given; one is: {min(looks.reasons, default='none')}"
         outcome.figures += [
             Figure(f"{what}: settled after", cycles, "cycles", CYCLES_BAR, note=note),
             Figure("  largest sum less what was free", looks.highest - room, "CPUs", 2 * capacity.RESOLUTION,
@@ -164,12 +164,16 @@ async def overload(options: Namespace) -> Outcome:
             Figure("  less than wanted, and no reason", looks.unexplained, "threads", 0),
             Figure("  after one ended: settled after", fewer, "cycles", CYCLES_BAR, note=f"{grown:.2f} CPUs given"),
         ]  # fmt: skip
-        outcome.data[what] = asdict(looks) | {
-            "cycles": cycles,
-            "given": sums,
-            "cycles_after_end": fewer,
-            "grown": grown,
-        }
+        outcome.data[what] = (
+            asdict(looks)
+            | {"reasons": sorted(looks.reasons)}
+            | {
+                "cycles": cycles,
+                "given": sums,
+                "cycles_after_end": fewer,
+                "grown": grown,
+            }
+        )
     return outcome
 
 
@@ -186,7 +190,7 @@ async def _watch(daemon: Deadlined, ids: Sequence[int], looks: Looks) -> tuple[i
             short = [one for one in threads if one.budget_ns < one.wanted_ns * (1 - _SAME)]
             looks.unexplained += sum(not one.reason for one in short)
             looks.unexplained += sum(one.state is not ThreadState.HELD and not one.reason for one in threads)
-            looks.reasons = tuple(sorted({one.reason for one in short if one.reason}))
+            looks.reasons |= {one.reason for one in short if one.reason}
         await asyncio.sleep(LOOK_S)
     ends_ns = [changed_ns((await daemon.client.attachment(one)).history, since_ns=begin_ns) for one in ids]
     return max(math.ceil((max(ends_ns) - begin_ns) / _T), 0), sums

@@ -19,6 +19,7 @@ from deadlined import domainask
 from deadlined.domainask import Conversation, check_uri
 from deadlined.domains import DomainSource, LibvirtLink
 from deadlined.partitions import PartitionSource, VmandLink
+from edgehold.api.deadlined import Attachment, DeadlinedClient, Target, TargetKind, ThreadState
 from edgehold.api.vmand import Mode, VmandClient
 from edgehold.errors import (
     BadRequestError,
@@ -28,9 +29,10 @@ from edgehold.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from edgehold.kernel import procfs
+from edgehold.kernel import procfs, sched
+from edgehold.kernel.sched import SchedAttr
 from edgehold.testing.capability import guest_image, need_command, need_root
-from edgehold.testing.daemons import private_directory
+from edgehold.testing.daemons import Daemon, private_directory
 from edgehold.testing.load import eventually
 from edgehold.testing.partitions import PrivateVmand
 from edgehold.testing.virtvmand import private_virtvmand
@@ -168,8 +170,9 @@ async def test_a_domain_starts_pauses_and_starts_again(libvirt: Libvirt) -> None
         assert not source.changed()
 
         await libvirt.virsh("destroy", "one")
-        await until(lambda: source.changed() and not source.tids(), what=source.tids)
-        assert source.reason == "the domain is shut off; no vCPU runs"
+        await until(source.changed, what=lambda: source.reason)
+        assert source.tids() == ()
+        await until(lambda: source.reason == "the domain is shut off; no vCPU runs", what=lambda: source.reason)
         await libvirt.virsh("start", "one")
         await until(two, what=lambda: source.reason)
         assert not set(source.tids()) & set(first)
@@ -180,6 +183,63 @@ async def test_a_domain_starts_pauses_and_starts_again(libvirt: Libvirt) -> None
         assert (source.tids(), source.over) == ((), "")
         for one in (source, by_uuid):
             one.close()
+
+
+@pytest.mark.usefixtures("deadline")
+async def test_the_daemon_holds_a_domain_and_lets_it_go_while_it_stands(libvirt: Libvirt) -> None:
+    with private_directory() as directory:
+        socket = directory / "api.sock"
+        settings = {"socket": str(socket), "state_dir": str(directory / "state"), "cycle_ms": 200}
+        daemon = Daemon("deadlined", directory=directory, settings=settings)
+        target = Target(kind=TargetKind.DOMAIN, name="one", uri=libvirt.uri)
+        async with defined(libvirt, "one"), DeadlinedClient(socket, timeout_s=60) as client:
+            await daemon.start()
+            try:
+                with pytest.raises(NotFoundError, match="has no domain nobody"):
+                    await client.attach(Target(kind=TargetKind.DOMAIN, name="nobody", uri=libvirt.uri))
+                number = (await client.attach(target)).id
+                await libvirt.virsh("start", "one")
+                one = await seen(client, number, lambda one: held(one) == 2 and not one.suspended)
+                tids = [thread.tid for thread in one.threads]
+                assert all(sched.get(tid).policy is sched.Policy.DEADLINE for tid in tids)
+                await libvirt.virsh("suspend", "one")
+                floor = one.policy.min_budget_ns
+                await seen(
+                    client, number,
+                    lambda one: one.suspended and [thread.budget_ns for thread in one.threads] == [floor] * 2,
+                )  # fmt: skip
+                await libvirt.virsh("resume", "one")
+                await seen(client, number, lambda one: not one.suspended and held(one) == 2)
+                await libvirt.virsh("destroy", "one")
+                await seen(client, number, lambda one: not one.threads and "is shut off" in one.reason)
+                # As after a start of the host: by its name, which lasts.
+                assert await daemon.stop() == 0
+                await daemon.start()
+                await libvirt.virsh("start", "one")
+                again = await seen(client, number, lambda one: held(one) == 2)
+                tids = [thread.tid for thread in again.threads]
+                await client.detach(number)
+                assert all(sched.without_slice(sched.get(tid)) == SchedAttr() for tid in tids)
+            finally:
+                assert await daemon.stop() == 0
+                assert "Traceback" not in daemon.log_text()
+
+
+def held(one: Attachment) -> int:
+    return sum(thread.state is ThreadState.HELD for thread in one.threads)
+
+
+async def seen(client: DeadlinedClient, number: int, right: Callable[[Attachment], bool]) -> Attachment:
+    """The attachment once it is as it should be."""
+    one = (await client.attachment(number)).attachment
+    try:
+        async with asyncio.timeout(60.0):
+            while not right(one):
+                await asyncio.sleep(0.05)
+                one = (await client.attachment(number)).attachment
+    except TimeoutError:
+        raise AssertionError(f"not within 60 s: {one}") from None
+    return one
 
 
 async def test_threads_stay_known_while_libvirtd_is_away_or_hangs(libvirt: Libvirt) -> None:

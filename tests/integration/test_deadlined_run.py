@@ -1,10 +1,12 @@
 """``deadlined run`` and ``deadlined recover`` as a person types them, on the real kernel."""
 
 import contextlib
+import errno
 import json
 import os
 import pty
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -197,25 +199,34 @@ def test_a_terminals_interrupt_reaches_the_command_once() -> None:
         "while time.monotonic() < end: time.sleep(0.01)\n"
         "print(f'got {len(got)}', flush=True)"
     )
+    argv = ["setsid", "--ctty", *DEADLINED, "run", "--", sys.executable, "-c", program]
     master, slave = pty.openpty()
     try:
-        argv = ["setsid", "--ctty", *DEADLINED, "run", "--", sys.executable, "-c", program]
-        one = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave)
-        os.close(slave)
-        read(master, b"ready")
-        os.write(master, b"\x03")
-        assert b"got 1" in read(master, b"got ")
-        assert one.wait(WAIT_S) == 0
-        assert b"deadlined:" in read(master, b"deadlined:")  # a terminal gets the table
+        with subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave) as one:
+            os.close(slave)
+            try:
+                shown = shown_by(master, until=b"ready")
+                os.write(master, b"\x03")
+                shown += shown_by(master)
+                assert one.wait(WAIT_S) == 0
+            finally:
+                one.terminate()
     finally:
         os.close(master)
+    assert b"got 1\r\n" in shown
+    assert b"deadlined: " in shown  # a terminal gets the table
 
 
-def read(fd: int, until: bytes) -> bytes:
-    """What a terminal shows, to the end of the line with this in it."""
+def shown_by(terminal: int, *, until: bytes = b"") -> bytes:
+    """What a terminal shows until these words, or until nobody has it open any more."""
     seen = b""
-    while b"\n" not in seen.partition(until)[2]:
-        seen += os.read(fd, 4096)
+    while not until or until not in seen:
+        assert select.select([terminal], [], [], WAIT_S)[0], seen
+        try:
+            seen += os.read(terminal, 4096)
+        except OSError as error:
+            assert error.errno == errno.EIO  # noqa: PT017 - how a terminal ends
+            break
     return seen
 
 
@@ -306,7 +317,7 @@ def test_a_pinned_command_is_refused_with_the_cure() -> None:
 def test_what_a_killed_run_left_is_put_right(how: str, directory: Path) -> None:
     config = directory / "deadlined.toml"
     config.write_text(f'state_dir = "{directory}/state"\n')
-    with running() as run:
+    with running(prefix=["nice", "-n", "5"]) as run:
         held(run.pid)
         child = run.fork()
         held(run.pid, child)
@@ -320,7 +331,8 @@ def test_what_a_killed_run_left_is_put_right(how: str, directory: Path) -> None:
         assert is_held(child)
         status, told = said("recover", "--config", str(config)) if how == "recover" else said("run", "--", "true")
         assert status == 0, told
-        assert ordinary(run.pid, child)
+        assert ordinary(child)
+        assert sched.without_slice(sched.get(run.pid)) == SchedAttr(nice=5)
         assert not left.exists()
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from edgehold.api.deadlined import Sample
@@ -189,3 +190,15 @@ def test_the_table_has_a_row_for_each_thread() -> None:
     assert len(rows) == 3
     assert "7 in 20" in rows[1]
     assert "never" in rows[2]
+
+
+def test_a_page_is_renewed_between_its_marks() -> None:
+    page = f"above {report.BEGIN} old {report.END} below"
+    assert report.between_marks(page, "new") == f"above {report.BEGIN}new{report.END} below"
+    with pytest.raises(ValueError, match="has no"):
+        report.between_marks(f"above {report.END} {report.BEGIN}", "new")
+
+
+def test_a_thread_that_was_held_back_says_why_in_the_results() -> None:
+    one = replace(thread([2] * 12, good_after(5)), reason="waits for bandwidth")
+    assert b"waits for bandwidth" in msgspec.json.encode(run(one))

@@ -235,6 +235,16 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     saturated: bool = False
     multiplier: int = 1
 
+    @property
+    def executed_per_period_ns(self) -> int:
+        """c: what was executed in one period, on the average of the window."""
+        return self.executed_ns * self.period_ns // max(self.elapsed_ns, 1)
+
+    @property
+    def run_delay_per_period_ns(self) -> int:
+        """How long it was runnable without running in one period, on the average of the window."""
+        return self.run_delay_ns * self.period_ns // max(self.elapsed_ns, 1)
+
 
 class AttachmentDetail(msgspec.Struct, frozen=True, kw_only=True):
     """An attachment with its recent samples, oldest first."""
