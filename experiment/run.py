@@ -147,10 +147,10 @@ async def play(
             await next_cycle(socket)
             counted = await metrics(socket)
             usage = Usage([daemon.pid, *(one.tid for one in jobs)])
-            held = [await attach(client, one.tid, policy(variant, first_budget_ms)) for one in jobs]
-            origin_ns = time.monotonic_ns() + round(phase_ms * NS_PER_MS)
+            held = []
             for one in jobs:
-                one.begin(origin_ns)
+                held.append(await attach(client, one.tid, policy(variant, first_budget_ms)))
+                one.begin(time.monotonic_ns() + round(phase_ms * NS_PER_MS))
             await asyncio.sleep(seconds)
             others = usage.others_cpus()
             now = await metrics(socket)

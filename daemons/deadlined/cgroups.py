@@ -31,14 +31,21 @@ class CgroupSource:
     suspended = False
 
     def __init__(
-        self, what: str, places: Sequence[Place], *, births: Births, absent: str = "", clock: Clock | None = None
+        self,
+        what: str,
+        places: Sequence[Place],
+        *,
+        births: Births,
+        counts: Hierarchy | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """Looks at nothing yet.
 
-        ``what`` names it in texts; of ``places`` the first that exists is taken; ``absent`` says why none does.
+        ``what`` names it in texts; of ``places`` the first that exists is taken; ``counts`` has the pids controller,
+        where another hierarchy has it.
         """
         self.what = what
-        self.absent = absent or "there is no such cgroup"
+        self.absent = "there is no such cgroup"
         self.reason = ""
         self.denied = ""
         """Why its cgroup must not be held, where that is why it is not entered."""
@@ -46,6 +53,7 @@ class CgroupSource:
         """Its cgroup below the mount, while it has one; the last one else."""
         self._places = tuple(places)
         self._births = births
+        self._counts = counts
         self._clock = clock or SystemClock()
         self._group = -1
         self._threads_file = ""
@@ -127,12 +135,19 @@ class CgroupSource:
                 self.denied = self.reason = why
                 return False
             self.path, self._group, self._threads_file = path, group, hierarchy.threads_file
-            with contextlib.suppress(OSError):  # the pids controller may be elsewhere or nowhere
-                self._count = os.open("pids.current", os.O_RDONLY | os.O_CLOEXEC, dir_fd=group)
+            self._count = self._open_count(path)
             self._marker, self._again = b"", True
             return True
         self.reason = f"{self.what}: {self.absent}{_WAITS}"
         return False
+
+    def _open_count(self, path: str) -> int:
+        """Who makes a cgroup of version 1 makes one of the same path in each hierarchy, mostly."""
+        there = f"{self._counts.directory(path)}/" if self._counts else ""
+        for file, group in (("pids.current", self._group), (f"{there}pids.current", None)):
+            with contextlib.suppress(OSError):
+                return os.open(file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=group)
+        return -1
 
     def _leave(self) -> None:
         for fd in (self._count, self._group):
@@ -192,8 +207,9 @@ def open_cgroup(
         DeniedError: it is the root, or has init or deadlined in it.
         OSError: the mounts can't be read, or no descriptor is left.
     """
-    places = places_of(path, cgroup.hierarchies() if seen is None else seen)
-    source = CgroupSource(f"cgroup {path}", places, births=births, clock=clock)
+    seen = cgroup.hierarchies() if seen is None else seen
+    counts = cgroup.of_controller(seen, "pids")
+    source = CgroupSource(f"cgroup {path}", places_of(path, seen), births=births, counts=counts, clock=clock)
     begin(source, must_exist=must_exist)
     return source
 

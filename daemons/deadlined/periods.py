@@ -23,12 +23,12 @@ _PERIODS = 10
 _AGREE = 0.04
 """By how much the period of the first half may differ from that of the second, as a share."""
 
-# The even rule. Few intervals are even by chance now and then, so they have to be more so.
+# The even rule. The last one is how far the answer may be off, as a standard error: what varies has to be seen longer,
+# and few intervals that are even by chance are none.
 _FIT = 0.9
 _BAND = 0.25
-_FEW = 20
 _VARIATION = 0.15
-_VARIATION_OF_FEW = 0.12
+_ERROR = 0.004
 
 # The pattern rule.
 _TOLERANCE = 0.03
@@ -126,7 +126,7 @@ def _even(times: Sequence[int], intervals: Sequence[int]) -> Inference | None:
         return None
     mean = (times[-1] - times[0]) / count
     deviation = math.sqrt(max(sum(map(mul, intervals, intervals)) / count - mean * mean, 0))
-    if deviation > (_VARIATION if count >= _FEW else _VARIATION_OF_FEW) * mean:
+    if deviation > min(_VARIATION, _ERROR * count) * mean:
         return None
     # Over the whole span, so that jitter counts only at its ends. One that was left out is a period all the same.
     periods = [1] * count if fit == count else [round(one / median) for one in intervals]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deadlined import cgroups
-from deadlined.cgroups import CgroupSource, Place
+from deadlined.cgroups import CgroupSource
 from edgehold.clock import Clock
 from edgehold.errors import BadRequestError, DeniedError, EdgeholdError, NotFoundError, UnavailableError
 from edgehold.kernel import cgroup
@@ -107,8 +107,10 @@ def parse_show(text: str, name: str) -> _Told:
 class UnitSource(CgroupSource):
     """A unit's threads."""
 
-    def __init__(self, name: str, units: "Units", *, births: Births, clock: Clock | None = None) -> None:
-        super().__init__(f"unit {name}", (), births=births, clock=clock)
+    def __init__(
+        self, name: str, units: "Units", *, births: Births, counts: Hierarchy | None, clock: Clock | None
+    ) -> None:
+        super().__init__(f"unit {name}", (), births=births, counts=counts, clock=clock)
         self.name = name
         self._units = units
 
@@ -152,16 +154,19 @@ class Units:
             UnavailableError: systemd does not answer.
             OSError: no descriptor is left.
         """
-        source = UnitSource(full_name(name), self, births=self._births, clock=self._clock)
+        name = full_name(name)
+        seen = self._seen = cgroup.hierarchies() if self._seen is None else self._seen
+        counts = cgroup.of_controller(seen, "pids")
+        source = UnitSource(name, self, births=self._births, counts=counts, clock=self._clock)
         try:
-            told = await self._ask(source.name)
+            told = await self._ask(name, seen)
         except UnavailableError as error:
             if must_exist:
                 raise
             told = _Told(known=True, path="", absent=error.message)
         if must_exist and not told.known:
             raise NotFoundError(f"{source.what}: {told.absent}; systemctl list-units shows those there are")
-        self._tell(source, told)
+        self._tell(source, told, seen)
         cgroups.begin(source, must_exist=False)
         self._sources.add(source)
         self._wanted.set()
@@ -180,24 +185,21 @@ class Units:
             await asyncio.sleep(self._ask_again_s)
             for source in [one for one in self._sources if not one.here]:
                 try:
-                    self._tell(source, await self._ask(source.name))
+                    self._tell(source, await self._ask(source.name, self._seen or ()), self._seen or ())
                 except EdgeholdError as error:
                     log.debug("%s: %s", source.what, error)  # it is looked for where it was
 
-    def _tell(self, source: UnitSource, told: _Told) -> None:
-        places: list[Place] = []
-        if told.path and self._seen is not None:
-            places = [(one, told.path) for one in _of_units(self._seen)]
+    @staticmethod
+    def _tell(source: UnitSource, told: _Told, seen: Sequence[Hierarchy]) -> None:
+        places = [(one, told.path) for one in _of_units(seen)] if told.path else []
         source.expect(places, absent=told.absent)
 
-    async def _ask(self, name: str) -> _Told:
-        if self._seen is None:
-            self._seen = cgroup.hierarchies()
+    async def _ask(self, name: str, seen: Sequence[Hierarchy]) -> _Told:
         if self._booted.is_dir():
             wanted = ("LoadState", "ActiveState", "ControlGroup", "Slice")
             show = ("show", *(f"--property={one}" for one in wanted), "--", name)
             return parse_show(await _output(*self._systemctl, *show), name)
-        path = await asyncio.to_thread(_search, name, _of_units(self._seen))
+        path = await asyncio.to_thread(_search, name, _of_units(seen))
         absent = "no cgroup has this name, and no systemd runs this host"
         return _Told(known=bool(path), path=path, absent="its cgroup is gone" if path else absent)
 

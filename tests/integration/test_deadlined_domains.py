@@ -170,8 +170,7 @@ async def test_a_domain_starts_pauses_and_starts_again(libvirt: Libvirt) -> None
         assert not source.changed()
 
         await libvirt.virsh("destroy", "one")
-        await until(source.changed, what=lambda: source.reason)
-        assert source.tids() == ()
+        await until(lambda: source.changed() and not source.tids(), what=source.tids)
         await until(lambda: source.reason == "the domain is shut off; no vCPU runs", what=lambda: source.reason)
         await libvirt.virsh("start", "one")
         await until(two, what=lambda: source.reason)

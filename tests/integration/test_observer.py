@@ -77,9 +77,9 @@ def hold(pid: int, *, budget_ms: float) -> None:
 
 async def told(observer: Observer, pid: int, *, timeout_s: float = 60) -> Inference:
     """The first answer: on a busy machine a look may show none."""
-    deadline = time.monotonic() + timeout_s
+    end = time.monotonic() + timeout_s
     while (found := await observer.observe(pid)).period_ns is None:
-        assert time.monotonic() < deadline, found
+        assert time.monotonic() < end, found
     return found
 
 

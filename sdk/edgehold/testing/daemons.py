@@ -26,13 +26,23 @@ from edgehold.errors import FailedError
 
 def toml(settings: Mapping[str, Any], prefix: str = "") -> str:
     """Settings as TOML: texts, numbers, booleans, lists of them, tables. A JSON text is a TOML basic string."""
-    plain = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if not isinstance(value, Mapping)]
+    named = {key: _tables(value) for key, value in settings.items()}
+    plain = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if not named[key]]
     tables = [
-        f"\n[{prefix}{key}]\n{toml(value, f'{prefix}{key}.')}"
-        for key, value in settings.items()
-        if isinstance(value, Mapping)
+        f"\n[[{prefix}{key}]]\n{toml(one, f'{prefix}{key}.')}"
+        if isinstance(settings[key], list)
+        else f"\n[{prefix}{key}]\n{toml(one, f'{prefix}{key}.')}"
+        for key, ones in named.items()
+        for one in ones
     ]
     return "\n".join([*plain, *tables]) + "\n"
+
+
+def _tables(value: object) -> list[Mapping[str, Any]]:
+    """The tables that a value is written as; none where it is written behind its key."""
+    if isinstance(value, Mapping):
+        return [value]
+    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
 
 
 @contextlib.contextmanager
