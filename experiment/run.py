@@ -68,7 +68,11 @@ async def next_cycle(socket: Path, *, timeout_s: float = 30.0) -> None:
 
 @contextlib.asynccontextmanager
 async def private_deadlined(variant: Variant) -> AsyncIterator[tuple[Daemon, Path]]:
-    """A deadlined of this run's own, and its socket."""
+    """A deadlined of this run's own, and its socket.
+
+    Raises:
+        FailedError: it ended meanwhile; the text has the end of its log.
+    """
     with private_directory("eh-ex-") as directory:
         socket = directory / "api.sock"
         daemon = Daemon("deadlined", directory=directory, settings={
@@ -78,6 +82,10 @@ async def private_deadlined(variant: Variant) -> AsyncIterator[tuple[Daemon, Pat
         try:
             await daemon.start()
             yield daemon, socket
+        except UnavailableError as error:
+            if daemon.running:
+                raise
+            raise FailedError(f"deadlined ended meanwhile:\n{daemon.log_text()[-2000:]}") from error
         finally:
             await daemon.stop()
 

@@ -180,16 +180,22 @@ static void measure(struct eh_held *row, struct eh_pass *pass, const struct seen
     };
     uint64_t shortest = row->due_ns ? pass->short_ns : SHORTEST_WINDOW(pass->cycle_ns);
 
-    if (row->base_ns && window.elapsed_ns < (shortest > row->rule.period_ns ? shortest : row->rule.period_ns))
+    if (shortest < row->rule.period_ns)
+        shortest = row->rule.period_ns;
+    if (row->base_ns && window.elapsed_ns < shortest) {
+        /* Its period became longer meanwhile: a time that is past would wake the caller again and again. */
+        if (row->due_ns && row->due_ns <= now)
+            row->due_ns = row->base_ns + shortest;
         return;
+    }
     if (row->base_ns) {
         int again;
 
         if (eh_rule_asks(&row->rule, &row->sizing, &window))
             window.throttled = eh_is_throttled(row->tid);
         again = eh_rule_step(&row->rule, &row->sizing, &window);
-        row->executed_ns = window.executed_ns * row->rule.period_ns / window.elapsed_ns;
-        row->run_delay_ns = window.run_delay_ns * row->rule.period_ns / window.elapsed_ns;
+        row->executed_ns = eh_per_period(window.executed_ns, row->rule.period_ns, window.elapsed_ns);
+        row->run_delay_ns = eh_per_period(window.run_delay_ns, row->rule.period_ns, window.elapsed_ns);
         row->windows++;
         remember(pass, row, &window, now);
         if (!pass->short_ns && row->sizing.phase == EH_PHASE_SUSPECT)
@@ -272,7 +278,7 @@ int eh_pass(struct eh_held *table, int rows, struct eh_pass *pass, struct eh_tod
                 row->executed_total_ns = seen.executed_ns;
                 row->run_delay_total_ns = seen.run_delay_ns;
                 if (row->flags & EH_FROZEN)
-                    row->base_ns = 0;
+                    row->base_ns = row->due_ns = 0;
                 else
                     measure(row, pass, &seen, now);
                 if (row->sizing.wanted_ns != row->told_ns)

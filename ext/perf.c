@@ -131,6 +131,7 @@ int eh_perf_drain(struct eh_perf *perf, struct eh_switch *out, int max)
 
             copy_out(&record.time_ns, data, size, at, sizeof(record.time_ns));
             out[count++] = (struct eh_switch){.time_ns = record.time_ns, .flags = switch_flags(&record.header)};
+            perf->lost += record.header.type == PERF_RECORD_LOST;
         }
         tail += record.header.size;
     }
@@ -138,6 +139,7 @@ int eh_perf_drain(struct eh_perf *perf, struct eh_switch *out, int max)
     if (result == 0 && perf->full && count < max) {
         out[count] = (struct eh_switch){.time_ns = count ? out[count - 1].time_ns : 0, .flags = EH_SWITCH_LOST};
         count++;
+        perf->lost++;
         perf->full = 0;
     }
     /* Only what was read is given back to the kernel. */

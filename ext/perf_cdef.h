@@ -19,7 +19,7 @@ struct eh_perf {
     void *page;     /* the head of the mapping, struct perf_event_mmap_page */
     uint64_t bytes; /* of the whole mapping */
     int32_t full;   /* 1: the kernel may have had no room, and that was not told yet */
-    int32_t reserved;
+    uint32_t lost;  /* how many records with LOST were given out */
 };
 
 /* A descriptor that records the switches of one thread, or -errno. The caller closes it. */

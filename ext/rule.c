@@ -18,12 +18,22 @@
 #define SUSPECT_SHARE 0.93
 #define SUSPECT_DELAY 0.05
 #define AWAKE 0.9
+/* More than this in a period is no measurement; thirty years. */
+#define PER_PERIOD_MAX 1e18
 /* A thread that is saturated with the cap in force for so many short windows is not seen sooner by looking oftener. */
 #define LOOKS_MAX 10
 
+uint64_t eh_per_period(uint64_t ns, uint64_t period_ns, uint64_t elapsed_ns)
+{
+    /* In double: a minute's window and a period of four seconds have a product of more than 64 bits. */
+    double share = (double)ns * (double)period_ns / (double)elapsed_ns;
+
+    return share < PER_PERIOD_MAX ? (uint64_t)share : (uint64_t)PER_PERIOD_MAX;
+}
+
 static uint64_t per_period(uint64_t ns, const struct eh_rule *rule, const struct eh_window *window)
 {
-    return (uint64_t)((double)ns * (double)rule->period_ns / (double)window->elapsed_ns);
+    return eh_per_period(ns, rule->period_ns, window->elapsed_ns);
 }
 
 static uint64_t bounded(double wanted, const struct eh_rule *rule)

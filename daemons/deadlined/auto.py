@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 _TRIES = 5
 # Nearer than this to the present period another one is not worth a change.
 _SAME = 0.005
+_UNKNOWN = "period unknown"
 
 
 class Periods:
@@ -80,6 +81,8 @@ class Periods:
             if thread.config.period_ns != period_ns and thread.state is ThreadState.HELD:
                 return  # refused for the moment, and told; tried again
         thread.period_origin, thread.confidence = PeriodOrigin.INFERRED, found.confidence
+        if thread.reason.startswith(_UNKNOWN):
+            thread.reason = ""
         log.info(
             "thread %d (%s): its period is %.2f ms (confidence %.2f)",
             thread.tid, thread.name, period_ns / NS_PER_MS, found.confidence,
@@ -90,4 +93,4 @@ class Periods:
         if last or tries >= _TRIES:
             thread.period_origin = PeriodOrigin.UNKNOWN
             log.info("thread %d (%s): its period is unknown: %s", thread.tid, thread.name, why)
-        thread.reason = thread.reason or f"period unknown: {why}"
+        thread.reason = thread.reason or f"{_UNKNOWN}: {why}"

@@ -15,7 +15,9 @@ from edgehold.kernel.births import UNKNOWN, Births
 from edgehold.kernel.cgroup import Hierarchy
 from edgehold.kernel.procfs import GoneError
 
-# Threads that were moved into the cgroup are told by no count where it has no pids controller. This heals it.
+# Every list costs a microsecond a thread. What a count of its own misses is one that came as another went; without it,
+# threads that were moved into the cgroup.
+_HEAL_COUNTED_NS = 10 * NS_PER_S
 _HEAL_NS = 2 * NS_PER_S
 _UNKNOWN = b"?"
 _ROOT = "the root cgroup has the threads of the whole host in it; attach a cgroup below it"
@@ -61,6 +63,7 @@ class CgroupSource:
         """A descriptor of pids.current."""
         self._marker = b""
         self._again = True
+        self._heal_ns = _HEAL_NS
         self._heal_at_ns = 0
         self._tids: tuple[int, ...] = ()
 
@@ -69,9 +72,11 @@ class CgroupSource:
         """Whether it has a cgroup now, as far as is known."""
         return self._group >= 0
 
-    def expect(self, places: Sequence[Place], *, absent: str) -> None:
-        """Where it may be from now on, and why it is not there; one that is here stays where it is until it ends."""
-        self._places, self.absent = tuple(places), absent
+    def expect(self, places: Sequence[Place] | None, *, absent: str) -> None:
+        """Where it may be from now on (None: where it was), and why it is not; one that is here stays until it ends."""
+        self.absent = absent
+        if places is not None:
+            self._places = tuple(places)
 
     def changed(self) -> bool:
         if not self.here:
@@ -99,7 +104,7 @@ class CgroupSource:
         # A thread in the middle of its fork is counted and not yet listed: once more after each change.
         self._again = marker == _UNKNOWN or marker != self._marker
         self._marker = marker
-        self._heal_at_ns = self._clock.monotonic_ns() + _HEAL_NS
+        self._heal_at_ns = self._clock.monotonic_ns() + self._heal_ns
         self.reason = "" if self._tids else f"no thread is in {self.what}"
         return self._tids
 
@@ -135,19 +140,21 @@ class CgroupSource:
                 self.denied = self.reason = why
                 return False
             self.path, self._group, self._threads_file = path, group, hierarchy.threads_file
-            self._count = self._open_count(path)
+            self._open_count(path)
             self._marker, self._again = b"", True
             return True
         self.reason = f"{self.what}: {self.absent}{_WAITS}"
         return False
 
-    def _open_count(self, path: str) -> int:
-        """Who makes a cgroup of version 1 makes one of the same path in each hierarchy, mostly."""
-        there = f"{self._counts.directory(path)}/" if self._counts else ""
-        for file, group in (("pids.current", self._group), (f"{there}pids.current", None)):
+    def _open_count(self, path: str) -> None:
+        self._heal_ns = _HEAL_NS
+        with contextlib.suppress(OSError):
+            self._count = os.open("pids.current", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._group)
+            self._heal_ns = _HEAL_COUNTED_NS
+            return
+        if self._counts:  # who makes a cgroup of version 1 makes one of the same path in each hierarchy, mostly
             with contextlib.suppress(OSError):
-                return os.open(file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=group)
-        return -1
+                self._count = os.open(f"{self._counts.directory(path)}/pids.current", os.O_RDONLY | os.O_CLOEXEC)
 
     def _leave(self) -> None:
         for fd in (self._count, self._group):

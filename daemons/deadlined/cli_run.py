@@ -126,7 +126,7 @@ def recover(*, config: Path | None) -> None:
         text = f"{error.message}. Where deadlined runs, it put right what was left when it began"
         raise UnavailableError(text, retryable=False) from None
     try:
-        runs = leftovers.adopt(engine.journal, clock, leftovers.base())
+        runs = leftovers.adopt(engine.journal, clock)
         found = engine.recover()
         left = len(engine.journal.held()) + len(engine.journal.quotas())
     finally:

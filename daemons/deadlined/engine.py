@@ -12,9 +12,10 @@ from pathlib import Path
 
 from deadlined.auto import Periods
 from deadlined.ceilings import Ceilings
+from deadlined.deny import Deny
 from deadlined.groups import Groups
 from deadlined.guard import Guard
-from deadlined.holder import Holder
+from deadlined.holder import Holder, no_descriptor
 from deadlined.journal import Journal
 from deadlined.metrics import Metrics
 from deadlined.monitor import FULL_HISTORIES, Monitor
@@ -24,9 +25,13 @@ from edgehold.clock import NS_PER_MS, NS_PER_S, Clock
 from edgehold.errors import EdgeholdError
 from edgehold.kernel import capacity, procfs
 from edgehold.kernel.births import Births
+from edgehold.kernel.capacity import Found
 from edgehold.kernel.native_held import HeldTable
 
 log = logging.getLogger(__name__)
+
+# A younger result of the capacity probe is as good as a new one.
+_PROBE_KEPT_NS = NS_PER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,15 @@ class Engine:
     """One journal and all that is held by it. `close` it."""
 
     def __init__(
-        self, clock: Clock, state_dir: Path, *, cycle_ms: int, fast_cycle_ms: int, history: int, max_threads: int
+        self,
+        clock: Clock,
+        state_dir: Path,
+        *,
+        cycle_ms: int,
+        fast_cycle_ms: int,
+        history: int,
+        max_threads: int,
+        deny: Deny | None = None,
     ) -> None:
         """Changes no thread's policy, not even its own; see `begin`.
 
@@ -53,25 +66,32 @@ class Engine:
         self._cycle_ns, short_ns = cycle_ms * NS_PER_MS, fast_cycle_ms * NS_PER_MS
         self._soon = asyncio.Event()
         self._measure = asyncio.Event()
+        self.probing = asyncio.Lock()
+        """A probe takes the host's bandwidth for some milliseconds; an attach in that moment would be refused."""
+        self._probed: Found | None = None
+        self._probed_at_ns = 0
+        self.last_cycle_ns = clock.monotonic_ns()
         self.guard: Guard | None = None
         self.metrics = Metrics()
         self.history_size = history * FULL_HISTORIES
         self.table = HeldTable(history=self.history_size, cycle_ns=self._cycle_ns, short_ns=short_ns)
         self.tasks = Tasks(clock)
         self.births = Births(clock=clock)
-        self.ceilings = Ceilings()
         self.journal = Journal(state_dir, boot_id=procfs.boot_id())
         self.holder = Holder(
             clock=clock, journal=self.journal, metrics=self.metrics, table=self.table, short_ns=short_ns
         )
+        groups = Groups(clock=clock, journal=self.journal, table=self.table, cycle_ns=self._cycle_ns)
+        self.ceilings = Ceilings(ours=groups)
         self.monitor = Monitor(
             clock=clock,
             holder=self.holder,
             metrics=self.metrics,
             tasks=self.tasks,
-            groups=Groups(clock=clock, journal=self.journal, table=self.table, cycle_ns=self._cycle_ns),
+            groups=groups,
             history=history,
             max_threads=max_threads,
+            deny=deny,
         )
         self.periods = Periods(self.monitor, Observer(clock=clock), every_s=cycle_ms / 1000)
 
@@ -82,6 +102,8 @@ class Engine:
     def begin(self) -> None:
         """Put this process above ordinary load: what it starts from now on is an ordinary process."""
         self.guard = Guard(self.clock, self.metrics)
+        self.monitor.grants.probe_soon()
+        self._measure.set()
 
     def soon(self) -> None:
         """Something was attached: a window may end earlier than the cycle's task thinks."""
@@ -90,23 +112,26 @@ class Engine:
     async def run(self, *, after_cycle: Callable[[], None]) -> None:
         """For ever: cycles, the capacity's probe, periods."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._cycles(after_cycle), name="cycles")
-            tasks.create_task(self._probes(), name="capacity")
+            tasks.create_task(self.cycles(after_cycle), name="cycles")
+            tasks.create_task(self.measure(), name="capacity")
             tasks.create_task(self.periods.run(), name="periods")
 
-    async def _cycles(self, after_cycle: Callable[[], None]) -> None:
-        """A cycle at each multiple of T, short windows between when they end; a late one leaves out what was missed."""
+    async def cycles(self, after_cycle: Callable[[], None] = lambda: None) -> None:
+        """For ever: a cycle at each multiple of T since the start, short windows in between when they end.
+
+        A cycle that comes too late leaves out what it missed.
+        """
         due = self.clock.monotonic_ns() + self._cycle_ns
         while True:
             self._soon.clear()
             short_ns = self.monitor.next_due_ns
             await self._sleep_until(min(due, short_ns) if short_ns else due)
-            now = self.clock.monotonic_ns()
-            if now < due:
-                if (short_ns := self.monitor.next_due_ns) and now >= short_ns:
+            begin = self.clock.monotonic_ns()
+            if begin < due:
+                if (short_ns := self.monitor.next_due_ns) and begin >= short_ns:
                     self.monitor.short()
                 continue
-            self.ceilings.refresh(now, self.monitor.tids())
+            self.ceilings.refresh(begin, self.monitor.tids())
             self.monitor.grants.limits = self.ceilings.limits()
             self.monitor.cycle()
             after_cycle()
@@ -114,9 +139,15 @@ class Engine:
                 self.guard.check()
             if self.monitor.grants.probe_wanted():
                 self._measure.set()
-            due += self._cycle_ns * max((self.clock.monotonic_ns() - due) // self._cycle_ns + 1, 1)
+            self.last_cycle_ns = self.clock.monotonic_ns()
+            self.metrics.busy.inc((self.last_cycle_ns - begin) / NS_PER_S)
+            due += self._cycle_ns
+            if (missed := (self.last_cycle_ns - due) // self._cycle_ns + 1) > 0:
+                self.metrics.overruns.inc(missed)
+                due += missed * self._cycle_ns
 
     async def _sleep_until(self, due_ns: int) -> None:
+        """Until then, or until a window begins that ends earlier."""
         left = (due_ns - self.clock.monotonic_ns()) / NS_PER_S
         if left <= 0:
             await asyncio.sleep(0)
@@ -125,23 +156,39 @@ class Engine:
             async with asyncio.timeout(left):
                 await self._soon.wait()
 
-    async def _probes(self) -> None:
-        """Measure the capacity when the monitor wants to know it."""
-        grants = self.monitor.grants
+    async def measure(self) -> None:
+        """For ever: probe the capacity when the monitor wants to know it."""
         while True:
             await self._measure.wait()
             self._measure.clear()
-            before = self.monitor.held_cpus()
-            grants.probing = True
             try:
-                found = await capacity.probe_in_child()
+                await self.probe()
             except EdgeholdError as error:
                 log.warning("the capacity can't be measured, so the kernel alone refuses what does not fit: %s", error)
-                grants.measured(None)
-            else:
-                grants.measured(found.available + min(before, self.monitor.held_cpus()))
-            finally:
-                grants.probing = False
+                self.monitor.grants.measured(None)
+
+    async def probe(self) -> Found:
+        """What is left, one probe a second at most, for all who wait: it takes what everybody on the host could want.
+
+        Raises:
+            EdgeholdError: it can't be probed.
+        """
+        async with self.probing:
+            if self._probed is None or self.clock.monotonic_ns() - self._probed_at_ns >= _PROBE_KEPT_NS:
+                grants = self.monitor.grants
+                before = self.monitor.held_cpus()
+                grants.probing = True
+                try:
+                    self._probed = await capacity.probe_in_child()
+                except OSError as error:
+                    if procfs.is_exhausted(error):
+                        raise no_descriptor() from error
+                    raise
+                finally:
+                    grants.probing = False
+                self._probed_at_ns = self.clock.monotonic_ns()
+                grants.measured(self._probed.available + min(before, self.monitor.held_cpus()))
+            return self._probed
 
     def release_all(self) -> None:
         """Give everything back, whatever fails; the journal stays open."""

@@ -58,7 +58,8 @@ class _Part:
     @property
     def budget_ns(self) -> int:
         period_ns = self.entry.thread.config.period_ns
-        return self.entry.wanted_ns if self.cpus >= self.wanted else int(self.cpus * period_ns)
+        # Half a nanosecond up: a floor that is granted must not come out as less than itself.
+        return self.entry.wanted_ns if self.cpus >= self.wanted else int(self.cpus * period_ns + 0.5)
 
 
 def _compress(parts: "Sequence[_Part]", cpus: float, text: str) -> None:
@@ -97,10 +98,16 @@ class Grants:
         self._probe_at_ns: int | None = None
         self._tell_at_ns = 0
         self._refused = False
+        self._again: dict[Thread, Entry] = {}
+        """Whose last change was refused."""
+        self._kept_to: Sequence[Limit] = ()
+        """The limits as the last `apply` kept to them."""
 
     def count(self, entry: Entry) -> None:
         """What this thread wants has changed; threads that end or are given up count `without`."""
-        wanted = entry.wanted_ns / entry.thread.config.period_ns
+        thread = entry.thread
+        takes_part = thread.state is ThreadState.HELD or thread.try_at_ns is not None
+        wanted = entry.wanted_ns / thread.config.period_ns if takes_part else 0.0
         self.wanted += wanted - entry.thread.counted
         entry.thread.counted = wanted
 
@@ -108,6 +115,7 @@ class Grants:
         """This thread takes part no more."""
         self.wanted -= thread.counted
         thread.counted = 0.0
+        self._again.pop(thread, None)
 
     def measured(self, total: float | None) -> None:
         """A probe's result: what is left and what deadlined's threads hold, together; None: it failed."""
@@ -132,18 +140,27 @@ class Grants:
         """Whether not everybody can have what he wants."""
         return self.total is not None and self.wanted > self.total
 
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to `apply` even if no thread's need has changed."""
+        return self.crowded or self.compressed or bool(self._again) or self.limits != self._kept_to
+
     def apply(self, changed: Iterable[Entry]) -> dict[int, EdgeholdError]:
         """Set what has changed, or all anew where it is crowded. Returns why a waiting thread could not be taken in.
 
         A thread that ended in the middle is found by the next sample.
         """
-        entries = list(changed)
+        entries = {**self._again, **{one.thread: one for one in changed}}
+        for thread in self._again:
+            thread.reason = ""  # told anew where it is refused anew
+        self._again = {}
         self._refused = False
         self.lost = []
-        if not (self.crowded or self.compressed or self.limits):
-            refused = self._set([(one, one.wanted_ns) for one in entries])
+        if not (self.crowded or self.compressed or self.limits or self._kept_to):
+            refused = self._set([(one, one.wanted_ns) for one in entries.values()])
         else:
             refused = self._set(self._shared())
+        self._kept_to = self.limits
         if self._refused and not self.probing:
             # Known capacity and yet refused: somebody else took some, or what was given up is still on its way.
             self.probe_soon(0 if self.total is None else _SETTLED_NS)
@@ -212,6 +229,7 @@ class Grants:
                 thread.reason = reason
             elif thread.state is ThreadState.HELD:
                 self._refused = True
+                self._again[thread] = entry
             else:
                 self.without(thread)
                 self.lost.append(entry)

@@ -25,6 +25,9 @@ from edgehold.kernel.procfs import GoneError
 
 log = logging.getLogger(__name__)
 
+# The kernel takes whole microseconds.
+_LEAST_CHANGE_NS = 1000
+
 
 @dataclass(slots=True, eq=False)
 class _Held:
@@ -54,12 +57,12 @@ class Groups:
         """Hold a group from now on; one that has no cgroup yet is held when it has.
 
         Raises:
-            EdgeholdError: it can't be held; the text says why. Nothing was changed.
+            EdgeholdError: it can't be held; the text says why. Nothing was changed; tried again in every cycle until it
+                is released.
         """
-        held = _Held(one, source, Sizer(rule_config(one.policy, cpus=_cpus())))
+        held = self._held[one.id] = _Held(one, source, Sizer(rule_config(one.policy, cpus=_cpus())))
         if source.here:
             self._open(held)
-        self._held[one.id] = held
 
     def release(self, number: int) -> None:
         """Give a group its own limit back, where it is one of ours."""
@@ -142,7 +145,11 @@ class Groups:
 
     def _set(self, held: _Held) -> None:
         group = held.group
-        if group is None or held.one.policy.dry_run or held.left_alone or group.budget_ns == held.sizer.budget_ns:
+        if group is None or held.one.policy.dry_run or held.left_alone:
+            return
+        wanted_ns = max(held.sizer.budget_ns, quota.QUOTA_MIN_NS)
+        # Asked in every cycle: else nobody would notice what others have written while the need stays the same.
+        if not group.taken() and group.budget_ns and abs(wanted_ns - group.budget_ns) < _LEAST_CHANGE_NS:
             return
         if not group.budget_ns:
             self._journal.limit(group.row)
@@ -193,7 +200,8 @@ class Groups:
             )
         )
         self._set(held)
-        held.reason = ""
+        if not held.left_alone:
+            held.reason = ""
 
     def _close(self, held: _Held, *, restore: bool) -> None:
         group, held.group, held.before = held.group, None, None

@@ -18,7 +18,7 @@ from edgehold.api.deadlined import Rule, ThreadState
 from edgehold.clock import NS_PER_S, Clock
 from edgehold.errors import BadStateError, EdgeholdError, FailedError
 from edgehold.kernel import procfs, sched
-from edgehold.kernel.native_held import HELD, PHASE_SUSPECT, HeldTable
+from edgehold.kernel.native_held import FROZEN, HELD, PHASE_SUSPECT, HeldTable
 from edgehold.kernel.procfs import GoneError
 from edgehold.kernel.sched import Policy, SchedAttr
 
@@ -160,7 +160,7 @@ class Holder:
         )
         self.rows[thread.row] = thread
         cells = thread.cells
-        cells.flags = flags
+        cells.flags = flags | (FROZEN if attached.suspended else 0)
         cells.budget_ns = thread.budget_ns
         now = self._clock.monotonic_ns()
         executed_ns, run_delay_ns = procfs.schedstat(thread.fd)

@@ -39,12 +39,19 @@ def own(where: Path) -> Path:
     return where / f"{os.getpid()}.{procfs.stat(os.getpid()).start_ticks}"
 
 
-def adopt(journal: Journal, clock: Clock, where: Path) -> int:
+def adopt(journal: Journal, clock: Clock, where: Path | None = None) -> int:
     """Take over what killed runs left; recovering the journal then restores it. Returns how many runs those were.
+
+    ``where``: `base`; none where this user has none.
 
     Raises:
         FailedError: the journal can't be written; nothing is lost.
     """
+    if where is None:
+        try:
+            where = base()
+        except UnavailableError:
+            return 0
     found = 0
     for directory in sorted(where.iterdir()) if where.is_dir() else ():
         if _lives(directory.name):

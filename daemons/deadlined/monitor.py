@@ -62,6 +62,8 @@ class Monitor:
         self._waiting: dict[int, Attached] = {}
         """Who has threads that are to be tried."""
         self._over: list[Attached] = []
+        self._later: dict[Thread, tuple[Attached, RuleConfig]] = {}
+        """Whose other period was refused: asked again in every cycle."""
         self._clock = clock
         self._holder = holder
         self._table = holder.table
@@ -156,33 +158,55 @@ class Monitor:
         """Size an attachment's budgets by another policy from now on; what was learned stays."""
         auto = policy.period_ns == "auto" and one.policy.period_ns == "auto"
         one.policy, one.config = policy, rule_config(policy)
+        changed: list[Entry] = []
         for thread in list(one.threads.values()):
             kept = auto and thread.period_origin is PeriodOrigin.INFERRED
             config = one.config.with_period(thread.config.period_ns) if kept else one.config
             if not kept:
-                thread.period_origin = _origin(policy)
+                thread.period_origin, thread.confidence = _origin(policy), 0.0
             with contextlib.suppress(GoneError):  # found by the next sample
-                self.reconfigure(thread, one, config)
+                changed += self._reconfigure(thread, one, config)
+        self._settle(changed)
         self.groups.change(one.id, policy)
 
     def reconfigure(self, thread: Thread, one: Attached, config: RuleConfig) -> None:
         """Another rule or period for one thread, from now on. Raises `GoneError`."""
+        self._settle(self._reconfigure(thread, one, config))
+
+    def _reconfigure(self, thread: Thread, one: Attached, config: RuleConfig) -> list[Entry]:
+        """All but the budget, which is to be set for the answer. Raises `GoneError`."""
         before = thread.config
+        self._later.pop(thread, None)
         if thread.row < 0:
+            learned = thread.entered_ns and config.rule is not Rule.FIXED
+            first_ns = thread.first_ns * config.period_ns // before.period_ns if learned else config.initial_budget_ns
+            thread.first_ns = min(max(first_ns, config.min_budget_ns), config.max_budget_ns)
             thread.config = config
-            thread.first_ns = min(max(thread.first_ns, config.min_budget_ns), config.max_budget_ns)
-            return
+            return []
         if thread.state is ThreadState.HELD and config.period_ns != before.period_ns:
             scaled = thread.budget_ns * config.period_ns // before.period_ns
             budget_ns = min(max(scaled, config.min_budget_ns), config.max_budget_ns)
             if not self._holder.change(thread, budget_ns, config.period_ns):
-                return  # the reason is told; it goes on as it was
+                if thread.budget_ns:
+                    self._later[thread] = one, config  # the reason is told; it goes on as it was
+                else:
+                    self.grants.without(thread)
+                    self._waits(one, thread)
+                return []
         thread.config = config
         self._table.change_rule(thread.row, config.raw())
         if config.rule is Rule.FIXED:  # is what the policy says, whatever was learned
             thread.cells.sizing.wanted_ns = thread.cells.told_ns = config.initial_budget_ns
         self.grants.count(Entry(thread, one))
-        self.grants.apply([Entry(thread, one)])
+        return [Entry(thread, one)]
+
+    def _change_later(self) -> list[Entry]:
+        """Ask again for the periods that were refused."""
+        changed: list[Entry] = []
+        for thread, (one, config) in list(self._later.items()):
+            with contextlib.suppress(GoneError):  # found by the next sample
+                changed += self._reconfigure(thread, one, config)
+        return changed
 
     def cycle(self) -> None:
         """One monitoring cycle over everything."""
@@ -196,6 +220,7 @@ class Monitor:
             changed += self._look_at(one, everything=everything)
         for one in list(self._waiting.values()):
             changed += self._try_again(one)
+        changed += self._change_later()
         tasks, count, tasks_ns = self._tasks.read(len(self._holder.rows))
         changed += self._do(self._table.run(grid=True, tasks=tasks, task_count=count, tasks_ns=tasks_ns))
         self._settle(changed)
@@ -215,7 +240,14 @@ class Monitor:
 
     def _settle(self, changed: list[Entry]) -> dict[int, EdgeholdError]:
         """Set what changed, or everything where it is crowded. Returns why waiting threads could not be taken in."""
-        if not changed and not self.grants.compressed:
+        # Who was dropped since it was found that he is to be changed must not be entered again.
+        changed = [
+            entry
+            for entry in changed
+            if entry.attached.threads.get(entry.thread.tid) is entry.thread
+            and entry.thread.state is not ThreadState.WATCHED
+        ]
+        if not changed and not self.grants.pending:
             return {}
         refused = self.grants.apply(changed)
         for entry in (*changed, *self.grants.lost):
@@ -272,7 +304,9 @@ class Monitor:
         for tid in sorted(one.waiting):
             thread = one.threads[tid]
             try:
-                if thread.try_at_ns is None:
+                if thread.state is ThreadState.HELD:
+                    self._held(one, thread)  # taken in when everybody's budget was set
+                elif thread.try_at_ns is None:
                     self._holder.check_alive(thread)  # nobody samples one that somebody else took
                 elif thread.try_at_ns <= self._clock.monotonic_ns():
                     changed.append(Entry(thread, one))
@@ -356,7 +390,12 @@ class Monitor:
         self._owners[tid] = one
         self._tids = None
         if one.policy.dry_run:
-            self._holder.watch(thread, one)
+            try:
+                self._holder.watch(thread, one)
+            except BaseException:
+                self._holder.forget(thread)
+                self._forgotten(one, thread)
+                raise
         else:
             self._waits(one, thread)
             self.grants.count(Entry(thread, one))
@@ -381,6 +420,7 @@ class Monitor:
 
     def _forgotten(self, one: Attached, thread: Thread) -> None:
         self.grants.without(thread)
+        self._later.pop(thread, None)
         del one.threads[thread.tid]
         self._held(one, thread)
         del self._owners[thread.tid]

@@ -40,7 +40,7 @@ _PARTS = (2, 3, 4, 5)
 _LASTS = 5
 # A period shorter than the mean interval is one inside of bursts.
 _SHORTEST = 0.8
-_STEP = 1.02
+_STEP = 1.03
 # More activations a period than this, and what repeats is only the beat of several periods.
 _ACTIVATIONS_A_PERIOD = 4
 # So many activations are enough for ten periods of that, and cost a tenth of a millisecond.

@@ -122,6 +122,8 @@ class Sizer:
         """Go on under another rule; what was learned stays, in proportion to the period."""
         self.config = config
         self._sizing.change(config.raw())
+        if config.rule is Rule.FIXED:  # is what the policy says, whatever was learned
+            self._sizing.state.wanted_ns = config.initial_budget_ns
 
     @property
     def budget_ns(self) -> int:

@@ -13,27 +13,19 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-from deadlined import api
-from deadlined.auto import Periods
-from deadlined.ceilings import Ceilings
+from deadlined import api, leftovers
 from deadlined.cgroups import open_cgroup
 from deadlined.config import Settings, policy_of
 from deadlined.deny import Deny
 from deadlined.domains import LibvirtLink
-from deadlined.groups import Groups
-from deadlined.guard import Guard
+from deadlined.engine import Engine
 from deadlined.held import Attached
-from deadlined.holder import Holder, no_descriptor
-from deadlined.journal import Journal
+from deadlined.holder import no_descriptor
 from deadlined.keep import Keep, Kept
-from deadlined.metrics import Metrics
-from deadlined.monitor import FULL_HISTORIES, Monitor
-from deadlined.observer import Observer
 from deadlined.partitions import VmandLink
 from deadlined.rules import rule_config
 from deadlined.standing import PendingSource, open_in_time
 from deadlined.targets import Source, open_local
-from deadlined.tasks import Tasks
 from deadlined.trees import open_tree
 from deadlined.units import Units
 from edgehold.api.deadlined import (
@@ -57,10 +49,7 @@ from edgehold.errors import (
     NotFoundError,
     UnavailableError,
 )
-from edgehold.kernel import capacity, procfs
-from edgehold.kernel.births import Births
-from edgehold.kernel.capacity import Found
-from edgehold.kernel.native_held import HeldTable
+from edgehold.kernel import procfs
 from edgehold.service import Runtime
 from edgehold.systemd.activation import listen_sockets
 from edgehold.wire.http import application, serve
@@ -70,8 +59,6 @@ log = logging.getLogger(__name__)
 
 # Descriptors for everything that is not a held thread: sockets, the journal, a child.
 _SPARE_DESCRIPTORS = 256
-# A younger result of the capacity probe is as good as a new one.
-_PROBE_KEPT_NS = NS_PER_S
 
 
 def descriptor_room(wanted_threads: int) -> int:
@@ -93,52 +80,34 @@ class Service:
     def __init__(self, runtime: Runtime, settings: Settings) -> None:
         self._runtime = runtime
         self._settings = settings
-        # A probe holds the host's bandwidth for some milliseconds; an attach in that moment would be refused for it.
-        self._probing = asyncio.Lock()
-        self._probed: Found | None = None
-        self._probed_at_ns = 0
-        self._measure = asyncio.Event()
-        self._soon = asyncio.Event()
-        """A window ends earlier than the cycle's task thinks."""
         self._opening: dict[int, asyncio.Task[None]] = {}
         self._closing = False
-        clock, cycle_ns = runtime.clock, settings.cycle_ms * NS_PER_MS
-        self.metrics = Metrics()
-        self.guard = Guard(clock, self.metrics)
-        self.journal = Journal(Path(settings.state_dir), boot_id=procfs.boot_id())
-        self.keep = Keep(Path(settings.state_dir) / "attachments.json")
-        short_ns = settings.fast_cycle_ms * NS_PER_MS
-        table = HeldTable(history=settings.history * FULL_HISTORIES, cycle_ns=cycle_ns, short_ns=short_ns)
-        self.holder = Holder(clock=clock, journal=self.journal, metrics=self.metrics, table=table, short_ns=short_ns)
-        self.tasks = Tasks(clock)
-        groups = Groups(clock=clock, journal=self.journal, table=table, cycle_ns=cycle_ns)
-        self.ceilings = Ceilings(ours=groups)
-        self.monitor = Monitor(
-            clock=clock,
-            holder=self.holder,
-            metrics=self.metrics,
-            tasks=self.tasks,
-            groups=groups,
+        self.engine = Engine(
+            runtime.clock,
+            Path(settings.state_dir),
+            cycle_ms=settings.cycle_ms,
+            fast_cycle_ms=settings.fast_cycle_ms,
             history=settings.history,
             max_threads=descriptor_room(settings.max_threads),
             deny=Deny(settings.deny),
         )
+        self.monitor = self.engine.monitor
         self.monitor.on_over = self._over
+        self.metrics = self.engine.metrics
         self.metrics.tell(self.monitor.attachments.values, lambda: self.monitor.grants.total)
-        self.periods = Periods(self.monitor, Observer(clock=clock), every_s=settings.cycle_ms / 1000)
-        self.births = Births(clock=clock)
+        self.keep = Keep(Path(settings.state_dir) / "attachments.json")
         self.vmand = VmandLink(Path(settings.vmand_socket))
         self.libvirt = LibvirtLink(self.vmand, vmand_socket=Path(settings.vmand_socket))
-        self.units = Units(self.births)
-        self._last_cycle_ns = clock.monotonic_ns()
+        self.units = Units(self.engine.births)
 
     def recover(self) -> None:
-        """Put right what a killed predecessor left behind. Raises `EdgeholdError`."""
-        self.holder.recover()
-        self.monitor.groups.recover()
+        """Put right what a killed predecessor, or a killed `deadlined run`, left behind. Raises `EdgeholdError`."""
+        leftovers.adopt(self.engine.journal, self._runtime.clock)
+        self.engine.recover()
 
     def begin(self) -> None:
         """Attach what is to be attached at every start; it waits where its target is not there."""
+        self.engine.begin()
         configured = [(one.target, policy_of(one.policy, self._settings.policy)) for one in self._settings.attach]
         targets = [target for target, _ in configured]
         for one in self.keep.all():
@@ -146,8 +115,6 @@ class Service:
                 self._stand(one.id, one.target, one.policy)
         for target, policy in configured:
             self._stand(self._number(), target, policy)
-        self.monitor.grants.probe_soon()
-        self._measure.set()
 
     async def attach(self, request: AttachRequest) -> Attachment:
         """Hold a target from now on; see `DeadlinedClient.attach` for what it raises."""
@@ -156,7 +123,7 @@ class Service:
         self._check_new(target)
         source = await self._open(target)
         try:
-            async with self._probing:
+            async with self.engine.probing:
                 self._check_new(target)  # the waits above let others in
                 number = self._number()
                 with _descriptors():
@@ -164,7 +131,7 @@ class Service:
         except BaseException:
             source.close()
             raise
-        self._soon.set()
+        self.engine.soon()
         held_or_waiting = [tid for tid in one.threads if tid not in refused]
         if refused and not held_or_waiting and not all(isinstance(why, NoCapacityError) for why in refused.values()):
             self.monitor.release(one)
@@ -216,90 +183,22 @@ class Service:
 
     async def capacity(self) -> Capacity:
         """Probe what is left, in a child process. Raises `EdgeholdError`."""
-        found = await self._probe()
+        found = await self.engine.probe()
         return Capacity(
             cpus=found.cpus,
             available=found.available,
             held=self.monitor.held_cpus(),
             wanted=self.monitor.grants.wanted,
             resolution=found.resolution,
-            monitor_policy=str(self.guard),
-            sampler=str(self.tasks),
+            monitor_policy=str(self.engine.guard),
+            sampler=str(self.engine.tasks),
         )
-
-    async def _probe(self) -> Found:
-        """One probe a second at most, for all who wait: it takes what everybody on the host could want."""
-        async with self._probing:
-            now = self._runtime.clock.monotonic_ns()
-            if self._probed is None or now - self._probed_at_ns >= _PROBE_KEPT_NS:
-                grants = self.monitor.grants
-                before = self.monitor.held_cpus()
-                grants.probing = True
-                try:
-                    with _descriptors():
-                        self._probed = await capacity.probe_in_child()
-                finally:
-                    grants.probing = False
-                self._probed_at_ns = self._runtime.clock.monotonic_ns()
-                grants.measured(self._probed.available + min(before, self.monitor.held_cpus()))
-            return self._probed
-
-    async def measure(self) -> None:
-        """For ever: probe the capacity when the monitor wants to know it."""
-        while True:
-            await self._measure.wait()
-            self._measure.clear()
-            try:
-                await self._probe()
-            except EdgeholdError as error:
-                log.warning("the capacity can't be measured, so the kernel alone refuses what does not fit: %s", error)
-                self.monitor.grants.measured(None)
 
     def health(self) -> None:
         """Raises `UnavailableError` when the cycle does not turn."""
-        late = self._runtime.clock.monotonic_ns() - self._last_cycle_ns
+        late = self._runtime.clock.monotonic_ns() - self.engine.last_cycle_ns
         if late > max(10 * self._settings.cycle_ms * NS_PER_MS, 5 * NS_PER_S):
             raise UnavailableError(f"the last monitoring cycle was {late / NS_PER_S:.0f} s ago")
-
-    async def cycles(self) -> None:
-        """For ever: a cycle at each multiple of T since the start, short windows in between when they end.
-
-        A cycle that comes too late leaves out what it missed.
-        """
-        period = self._settings.cycle_ms * NS_PER_MS
-        clock = self._runtime.clock
-        due = clock.monotonic_ns() + period
-        while True:
-            self._soon.clear()
-            short_ns = self.monitor.next_due_ns
-            await self._sleep_until(min(due, short_ns) if short_ns else due)
-            begin = clock.monotonic_ns()
-            if begin < due:
-                if (short_ns := self.monitor.next_due_ns) and begin >= short_ns:
-                    self.monitor.short()
-                continue
-            self.ceilings.refresh(begin, self.monitor.tids())
-            self.monitor.grants.limits = self.ceilings.limits()
-            self.monitor.cycle()
-            self._last_cycle_ns = clock.monotonic_ns()
-            self.metrics.busy.inc((self._last_cycle_ns - begin) / NS_PER_S)
-            self.guard.check()
-            if self.monitor.grants.probe_wanted():
-                self._measure.set()
-            due += period
-            if (missed := (self._last_cycle_ns - due) // period + 1) > 0:
-                self.metrics.overruns.inc(missed)
-                due += missed * period
-
-    async def _sleep_until(self, due_ns: int) -> None:
-        """Until then, or until a window begins that ends earlier."""
-        left = (due_ns - self._runtime.clock.monotonic_ns()) / NS_PER_S
-        if left <= 0:
-            await asyncio.sleep(0)
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(left):
-                await self._soon.wait()
 
     def close(self) -> None:
         """Restore everything; nothing is attached any more after that."""
@@ -307,19 +206,15 @@ class Service:
             return
         self._closing = True
         with contextlib.ExitStack() as whatever_fails:
-            whatever_fails.callback(self.journal.close)
-            whatever_fails.callback(self.births.close)
-            whatever_fails.callback(self.tasks.close)
+            whatever_fails.callback(self.engine.close)
             for number in list(self._opening):
                 whatever_fails.callback(self._stop_opening, number)
-            for one in list(self.monitor.attachments.values()):
-                whatever_fails.callback(self.monitor.release, one)
 
     def _number(self) -> int:
         """A new number; above all that are kept, whatever the journal remembers."""
-        number = self.journal.number()
+        number = self.engine.journal.number()
         while number <= max((one.id for one in self.keep.all()), default=0):
-            number = self.journal.number()
+            number = self.engine.journal.number()
         return number
 
     def _one(self, number: int) -> Attached:
@@ -348,7 +243,7 @@ class Service:
         except EdgeholdError as error:
             log.error("attachment %d, %s: %s", one.id, one.target, error)  # noqa: TRY400
             one.trouble = error.message
-        self._soon.set()
+        self.engine.soon()
 
     def _stop_opening(self, number: int) -> None:
         task = self._opening.pop(number, None)
@@ -392,9 +287,9 @@ class Service:
                 case TargetKind.UNIT:
                     return await self.units.open(target.name, must_exist=must_exist)
                 case TargetKind.CGROUP:
-                    return open_cgroup(target.name, births=self.births, must_exist=must_exist)
+                    return open_cgroup(target.name, births=self.engine.births, must_exist=must_exist)
                 case TargetKind.TREE:
-                    return open_tree(target.id, births=self.births)
+                    return open_tree(target.id, births=self.engine.births)
                 case _:
                     return open_local(target)
 
@@ -424,14 +319,14 @@ async def lifespan(runtime: Runtime, settings: Settings) -> AsyncIterator[None]:
         app = application(api.routes(service), roles=roles, registry=service.metrics.registry, health=service.health)
         passed = next((sockets[0] for sockets in listen_sockets().values() if sockets), None)
         async with serve(app, passed or _socket_path(settings), mode=socket_mode(roles)):
-            runtime.spawn(service.cycles(), name="cycles")
-            runtime.spawn(service.measure(), name="capacity")
-            runtime.spawn(service.periods.run(), name="periods")
+            runtime.spawn(service.engine.cycles(), name="cycles")
+            runtime.spawn(service.engine.measure(), name="capacity")
+            runtime.spawn(service.engine.periods.run(), name="periods")
             runtime.spawn(service.vmand.run(), name="vmand")
             runtime.spawn(service.libvirt.run(), name="libvirt")
             runtime.spawn(service.units.run(), name="units")
             service.begin()
-            log.info("monitoring every %d ms as %s (pid %d)", settings.cycle_ms, service.guard, os.getpid())
+            log.info("monitoring every %d ms as %s (pid %d)", settings.cycle_ms, service.engine.guard, os.getpid())
             yield
             await runtime.cancel_tasks()
     finally:

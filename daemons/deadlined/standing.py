@@ -49,10 +49,10 @@ async def open_in_time(
     while isinstance(pending := one.source, PendingSource):
         try:
             source = await opened()
-        except EdgeholdError as error:
-            if pending.reason != error.message:
+        except (EdgeholdError, OSError) as error:
+            if pending.reason != str(error):
                 log.warning("attachment %d, %s, has to wait: %s", one.id, one.target, error)
-            pending.reason = error.message
+            pending.reason = str(error)
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, _LAST_RETRY_S)
             continue

@@ -155,18 +155,17 @@ class Units:
             OSError: no descriptor is left.
         """
         name = full_name(name)
-        seen = self._seen = cgroup.hierarchies() if self._seen is None else self._seen
-        counts = cgroup.of_controller(seen, "pids")
+        counts = cgroup.of_controller(self._hierarchies(), "pids")
         source = UnitSource(name, self, births=self._births, counts=counts, clock=self._clock)
         try:
-            told = await self._ask(name, seen)
+            told = await self._ask(name)
         except UnavailableError as error:
             if must_exist:
                 raise
             told = _Told(known=True, path="", absent=error.message)
         if must_exist and not told.known:
             raise NotFoundError(f"{source.what}: {told.absent}; systemctl list-units shows those there are")
-        self._tell(source, told, seen)
+        self._tell(source, told)
         cgroups.begin(source, must_exist=False)
         self._sources.add(source)
         self._wanted.set()
@@ -185,21 +184,25 @@ class Units:
             await asyncio.sleep(self._ask_again_s)
             for source in [one for one in self._sources if not one.here]:
                 try:
-                    self._tell(source, await self._ask(source.name, self._seen or ()), self._seen or ())
+                    self._tell(source, await self._ask(source.name))
                 except EdgeholdError as error:
                     log.debug("%s: %s", source.what, error)  # it is looked for where it was
 
-    @staticmethod
-    def _tell(source: UnitSource, told: _Told, seen: Sequence[Hierarchy]) -> None:
-        places = [(one, told.path) for one in _of_units(seen)] if told.path else []
+    def _hierarchies(self) -> Sequence[Hierarchy]:
+        if self._seen is None:
+            self._seen = cgroup.hierarchies()
+        return self._seen
+
+    def _tell(self, source: UnitSource, told: _Told) -> None:
+        places = [(one, told.path) for one in _of_units(self._hierarchies())] if told.path else None
         source.expect(places, absent=told.absent)
 
-    async def _ask(self, name: str, seen: Sequence[Hierarchy]) -> _Told:
+    async def _ask(self, name: str) -> _Told:
         if self._booted.is_dir():
             wanted = ("LoadState", "ActiveState", "ControlGroup", "Slice")
             show = ("show", *(f"--property={one}" for one in wanted), "--", name)
             return parse_show(await _output(*self._systemctl, *show), name)
-        path = await asyncio.to_thread(_search, name, _of_units(seen))
+        path = await asyncio.to_thread(_search, name, _of_units(self._hierarchies()))
         absent = "no cgroup has this name, and no systemd runs this host"
         return _Told(known=bool(path), path=path, absent="its cgroup is gone" if path else absent)
 

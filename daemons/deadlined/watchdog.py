@@ -19,9 +19,7 @@ def is_stuck(thread: Thread, now_ns: int) -> bool:
         thread.suspect_ns = now_ns
     try:
         overrun_ns = max(-(procfs.dl_runtime(thread.tid) or 0), 0)
-    except OSError as error:
-        if not procfs.is_exhausted(error):
-            raise
+    except OSError:
         return False  # no descriptor to look through: looked at again in the next cycle
     period_ns = thread.config.period_ns
     patience_ns = 2 * period_ns + period_ns * overrun_ns // max(thread.budget_ns, 1)

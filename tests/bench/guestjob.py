@@ -91,12 +91,12 @@ class Bench:
     async def phases(self, partition: int) -> AsyncGenerator[Phase]:
         """Alone and beside hogs, each time first as it is, then held."""
         for hogs in (0, self.options.hogs):
+            await self.calm(partition)  # what was left undone before is not this phase's
             with spinning(hogs) as pids:
                 yield await self.measured(partition, pids)
                 async with self.held(partition) as attachment:
                     calm_s = await self.calm(partition)
                     yield await self.measured(partition, pids, attachment=attachment, calm_s=calm_s)
-            await self.calm(partition)  # what the hogs left undone is not the next phase's
 
     @contextlib.asynccontextmanager
     async def held(self, partition: int) -> AsyncIterator[int]:
@@ -135,13 +135,14 @@ class Bench:
         """
         pids = [*self.pids, *hogs, (await self.vmand.status(partition)).pid or os.getpid()]
         self.lines.forget(partition)
+        begin_ns = time.monotonic_ns()
         before = strangers.usage(pids)
         await asyncio.sleep(self.options.seconds)
         others = strangers.between(before, strangers.usage(pids))
         responses = tuple(float(one[2]) for one in JOB.finditer(self.lines.text(partition)))
         if not responses:
             raise SystemExit("the guest said nothing")
-        budget = median_budget_ms(await self.deadlined.attachment(attachment)) if attachment else 0.0
+        budget = median_budget_ms(await self.deadlined.attachment(attachment), begin_ns) if attachment else 0.0
         return Phase(
             hogs=len(hogs),
             held=bool(attachment),
@@ -172,10 +173,10 @@ def spinning(number: int) -> Iterator[list[int]]:
         yield found
 
 
-def median_budget_ms(detail: AttachmentDetail) -> float:
-    """Of the newer half of an attachment's samples."""
-    newer = detail.history[len(detail.history) // 2 :]
-    return percentile([one.budget_ns / NS_PER_MS for one in newer], 0.5) if newer else 0.0
+def median_budget_ms(detail: AttachmentDetail, since_ns: int) -> float:
+    """Of an attachment's windows that ended after a time of CLOCK_MONOTONIC."""
+    budgets = [one.budget_ns / NS_PER_MS for one in detail.history if one.time_ns >= since_ns]
+    return percentile(budgets, 0.5) if budgets else 0.0
 
 
 def show(phases: Sequence[Phase], *, work_ms: float, options: argparse.Namespace) -> str:

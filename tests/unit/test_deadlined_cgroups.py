@@ -80,7 +80,7 @@ def test_a_count_says_that_somebody_came(v2: Hierarchy, births: Births, clock: C
     assert source.changed()
     assert source.tids() == (5, 6)
     settle(source)
-    clock.now += 3 * 10**9
+    clock.now += 11 * 10**9
     assert source.changed()
     source.close()
 
@@ -111,7 +111,7 @@ def test_a_cgroup_that_is_made_again_is_entered_again(v2: Hierarchy, births: Bir
     source = open_cgroup("/a", births=births, seen=[v2], clock=clock)
     settle(source)
     shutil.rmtree(directory)
-    clock.now += 3 * 10**9
+    clock.now += 11 * 10**9
     assert source.changed()
     assert source.tids() == ()
     assert "its cgroup was removed; waits" in source.reason

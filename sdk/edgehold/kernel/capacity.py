@@ -139,10 +139,13 @@ async def probe_in_child() -> Found:
     Raises:
         EdgeholdError: as `probe`, or the child could not be run.
     """
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "edgehold.kernel.capacity", "--json",
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+    try:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "edgehold.kernel.capacity", "--json",
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+    except OSError as error:  # no process, no memory, no descriptor
+        raise FailedError(f"the capacity probe could not be started: {error}", retryable=True) from error
     try:
         async with asyncio.timeout(_CHILD_TIMEOUT_S):
             out, err = await child.communicate()

@@ -154,6 +154,8 @@ class HeldTable:
         """Go on under another rule; what was learned stays, in proportion to the period."""
         row = self._rows[number]
         before = ffi.new("struct eh_rule *", row.rule)
+        if rule.kind != before.kind:
+            row.due_ns = 0  # a short window is the fast rule's alone
         set_rule(row.rule, rule)
         lib.eh_rule_rescale(ffi.addressof(row.sizing), before, ffi.addressof(row.rule))
 

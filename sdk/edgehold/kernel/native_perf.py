@@ -5,7 +5,6 @@ It must not decide anything: what a record means is said in switches.py.
 
 import os
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 from edgehold._kernel import ffi, lib
@@ -42,13 +41,21 @@ class PerfRing:
         if (result := lib.eh_perf_map(fd, pages, self._ring)) < 0:
             raise _fail("mmap of a perf event", result)
 
-    def drain(self) -> Iterator[tuple[int, int]]:
+    @property
+    def lost(self) -> int:
+        """How many of the drained records told of a loss."""
+        return int(self._ring.lost)
+
+    def drain(self) -> list[tuple[int, int]]:
         """Time and flags of each record since the last drain, oldest first. Raises `OSError`."""
+        records: list[tuple[int, int]] = []
         count = _BATCH
         while count == _BATCH:
             if (count := lib.eh_perf_drain(self._ring, self._out, _BATCH)) < 0:
                 raise _fail("reading a perf event's ring", count)
-            yield from _SWITCH.iter_unpack(self._view[0 : count * _SWITCH.size])
+            if count:
+                records += _SWITCH.iter_unpack(self._view[0 : count * _SWITCH.size])
+        return records
 
     def unmap(self) -> None:
         """Give the memory back; a drain fails afterwards (EBADF)."""

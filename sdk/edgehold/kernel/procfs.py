@@ -146,12 +146,18 @@ def dl_runtime(tid: int) -> int | None:
     """What is left of a deadline thread's budget in nanoseconds; 0 and less: throttled, and by how much it overran.
 
     None where the kernel does not tell (no CONFIG_SCHED_DEBUG, or not a deadline thread). Costs about 0.1 ms: for
-    decisions, not for every cycle. Raises `GoneError`.
+    decisions, not for every cycle.
+
+    Raises:
+        GoneError: it ended.
+        OSError: no descriptor is left.
     """
     try:
         return parse_dl_runtime(read(f"/proc/{tid}/task/{tid}/sched", f"thread {tid}"))
-    except OSError:  # EACCES under a hardened kernel: not told
-        return None
+    except OSError as error:
+        if is_exhausted(error):
+            raise
+        return None  # EACCES under a hardened kernel: not told
 
 
 def schedstat(fd: int) -> tuple[int, int]:

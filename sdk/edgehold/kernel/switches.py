@@ -44,8 +44,6 @@ class SwitchRecorder:
             FailedError: the kernel refused for another reason.
         """
         self.tid = tid
-        self.lost = 0
-        """How often records were missing."""
         self._fd = -1
         try:
             fd = native_perf.perf_open(tid)
@@ -66,17 +64,18 @@ class SwitchRecorder:
     ) -> None:
         self.close()
 
+    @property
+    def lost(self) -> int:
+        """How often records were missing, so far as they were drained."""
+        return self._ring.lost
+
     def drain(self) -> list[Switch]:
         """What was recorded since the last time, oldest first. Of a thread that ended: what is left, then nothing.
 
         Raises:
             OSError: EBADF: it is closed.
         """
-        switches = list(self._ring.drain())
-        for _time_ns, flags in switches:
-            if flags & LOST:
-                self.lost += 1
-        return switches
+        return self._ring.drain()
 
     def close(self) -> None:
         """Stop recording. A second time does nothing."""
@@ -106,26 +105,27 @@ class Activations:
 
     def feed(self, switches: Iterable[Switch]) -> None:
         """More switches, oldest first."""
+        slept, left_ns = self._slept, self._left_ns
         for time_ns, flags in switches:
             if flags == 0:
-                if self._slept:
+                if slept:
                     self.times_ns.append(time_ns)
                     self.stalls_ns.append(self._stall_ns)
-                    self._slept = False
                     self._stall_ns = 0
-                elif self._left_ns:
-                    self._stall_ns += time_ns - self._left_ns
-                    self.stalled_ns += time_ns - self._left_ns
-                self._left_ns = 0
+                    slept = False
+                elif left_ns:
+                    self._stall_ns += time_ns - left_ns
+                    self.stalled_ns += time_ns - left_ns
+                left_ns = 0
             elif flags == OUT:
-                self._slept = True
+                slept = True
             elif flags & OUT:
-                self._left_ns = time_ns
+                left_ns = time_ns
             elif flags & LOST:
                 self.times_ns.clear()
                 self.stalls_ns.clear()
-                self._slept = False
-                self._left_ns = self._stall_ns = 0
+                slept, left_ns, self._stall_ns = False, 0, 0
+        self._slept, self._left_ns = slept, left_ns
 
 
 def _explain_open(error: OSError, tid: int) -> EdgeholdError:
