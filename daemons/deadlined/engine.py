@@ -81,7 +81,7 @@ class Engine:
         self.holder = Holder(
             clock=clock, journal=self.journal, metrics=self.metrics, table=self.table, short_ns=short_ns
         )
-        groups = Groups(clock=clock, journal=self.journal, table=self.table, cycle_ns=self._cycle_ns)
+        groups = Groups(clock=clock, journal=self.journal, table=self.table, cycle_ns=self._cycle_ns, deny=deny)
         self.ceilings = Ceilings(ours=groups)
         self.monitor = Monitor(
             clock=clock,

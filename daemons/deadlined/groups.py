@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 from deadlined import quota
 from deadlined.cgroups import CgroupSource
+from deadlined.deny import Deny
 from deadlined.held import Attached
 from deadlined.journal import Journal
 from deadlined.quota import Group, GroupSample
 from deadlined.rules import Sizer, rule_config
 from edgehold.api.deadlined import GroupStatus, Policy
 from edgehold.clock import Clock
-from edgehold.errors import EdgeholdError, FailedError
+from edgehold.errors import DeniedError, EdgeholdError, FailedError
 from edgehold.kernel import procfs
 from edgehold.kernel.native_held import HeldTable, RawSample
 from edgehold.kernel.procfs import GoneError
@@ -46,11 +47,14 @@ class _Held:
 class Groups:
     """Owns the groups and what is set for them."""
 
-    def __init__(self, *, clock: Clock, journal: Journal, table: HeldTable, cycle_ns: int) -> None:
+    def __init__(
+        self, *, clock: Clock, journal: Journal, table: HeldTable, cycle_ns: int, deny: Deny | None = None
+    ) -> None:
         self._clock = clock
         self._journal = journal
         self._table = table
         self._cycle_ns = cycle_ns
+        self._deny = deny
         self._held: dict[int, _Held] = {}
 
     def attach(self, one: Attached, source: CgroupSource) -> None:
@@ -133,6 +137,8 @@ class Groups:
 
     def _open(self, held: _Held) -> None:
         policy = held.one.policy
+        if self._deny is not None and (why := self._deny.why_group(held.source.path)):
+            raise DeniedError(why)
         held.group = quota.open_group(
             held.source.path, actuator=policy.actuator, period_ns=policy.first_period_ns, clock=self._clock
         )

@@ -17,7 +17,7 @@ from deadlined.held import Attached, Thread, sample_of
 from deadlined.holder import Holder, no_descriptor
 from deadlined.metrics import Metrics
 from deadlined.rules import RuleConfig, rule_config
-from deadlined.targets import Source, ThreadSource
+from deadlined.targets import Source, ThreadSource, why_not
 from deadlined.tasks import Tasks
 from edgehold.api.deadlined import Actuator, Attachment, PeriodOrigin, Policy, Rule, Sample, Target, ThreadState
 from edgehold.clock import NS_PER_S, Clock
@@ -381,6 +381,8 @@ class Monitor:
         facts = procfs.stat(tid)
         if facts.ended:
             raise GoneError(f"thread {tid} has ended")
+        if why := why_not(facts):
+            raise DeniedError(why)
         if self._deny is not None and (why := self._deny.why(tid)):
             raise DeniedError(why)
         thread = Thread(tid, facts.start_ticks, facts.name, one.config, self._table)

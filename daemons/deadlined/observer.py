@@ -16,10 +16,12 @@ from edgehold.kernel.procfs import GoneError
 from edgehold.kernel.sampler import Sampler
 from edgehold.kernel.switches import Activations, SwitchRecorder
 
-# The ring of a thread that runs 2,500 times a second is full after this.
-_DRAIN_S = 0.1
+# The ring of a thread that runs 2,500 times a second is full after this. A look at a ring costs little, but waking up for
+# it does: one that was hardly used is passed over the next time.
+_DRAIN_S = 0.2
+_FEW = 128
 # When to judge, and whether patterns too: ten even periods of 100 ms are seen at the second look.
-_LOOKS = ((1000, False), (1200, False), (1500, False), (2000, True), (3000, True))
+_LOOKS = ((1000, False), (1200, False), (2000, True), (3000, True))
 
 
 class Observer:
@@ -94,6 +96,7 @@ class _Watch:
             raise
         self._begin_ns = clock.monotonic_ns()
         self._next_ms, self._patterns = next(self._looks)
+        self._passed_over = False
 
     def close(self) -> None:
         self._recorder.close()
@@ -101,29 +104,36 @@ class _Watch:
 
     def look(self) -> Inference | None:
         """Take what was recorded; the answer, once it is time for one."""
-        self._activations.feed(self._recorder.drain())
-        if self._clock.monotonic_ns() - self._begin_ns < self._next_ms * NS_PER_MS:
+        due = self._clock.monotonic_ns() - self._begin_ns >= self._next_ms * NS_PER_MS
+        if self._passed_over and not due:
+            self._passed_over = False
             return None
-        inference = self._judge()
+        switches = self._recorder.drain()
+        self._activations.feed(switches)
+        self._passed_over = len(switches) < _FEW
+        if not due:
+            return None
+        seen = self._activations
+        found = periods.infer(tuple(seen.times_ns), tuple(seen.stalls_ns), patterns=self._patterns)
         following = next(self._looks, None)
-        if inference.period_ns is None and following is not None:
-            self._next_ms, self._patterns = following
-            return None
-        return inference
+        if found.period_ns is not None or following is None:
+            found = self._checked(found)
+        if found.period_ns is not None or following is None:
+            return found
+        self._next_ms, self._patterns = following
+        return None
 
-    def _judge(self) -> Inference:
-        now = self._sampler.sample()[self._tid]
+    def _checked(self, found: Inference) -> Inference:
+        """The answer, if it can be the thread's own period; else why it is unknown, as well as that can be said."""
+        now, first = self._sampler.sample()[self._tid], self._first
         if now.errno:
             raise GoneError(f"thread {self._tid} does not exist (any more)")
-        first, seen = self._first, self._activations
-        if why := periods.can_infer(
+        why = periods.can_infer(
             now.time_ns - first.time_ns,
             now.executed_ns - first.executed_ns,
             now.run_delay_ns - first.run_delay_ns,
-            stalled_ns=seen.stalled_ns,
-        ):
-            return Inference(None, reason=why)
-        inference = periods.infer(tuple(seen.times_ns), tuple(seen.stalls_ns), patterns=self._patterns)
-        if inference.period_ns is None and self._recorder.lost:
-            return Inference(None, reason="it runs too often for its switches to be followed")
-        return inference
+            stalled_ns=self._activations.stalled_ns,
+        )
+        if not why and found.period_ns is None and self._recorder.lost:
+            why = "it runs too often for its switches to be followed"
+        return Inference(None, reason=why) if why else found

@@ -43,6 +43,8 @@ _SHORTEST = 0.8
 _STEP = 1.03
 # More activations a period than this, and what repeats is only the beat of several periods.
 _ACTIVATIONS_A_PERIOD = 4
+# Of a pattern of so few, more than an eighth of the intervals are alike: cheap to see, and rare by chance.
+_ALIKE = 8
 # So many activations are enough for ten periods of that, and cost a tenth of a millisecond.
 _PATTERN = 64
 
@@ -171,6 +173,10 @@ def _pattern(times: Sequence[int]) -> Inference | None:
 
 def _candidates(times: Sequence[int], *, shortest: float, longest: float) -> list[int]:
     """Distances that enough pairs of activations have."""
+    intervals = sorted(later - one for one, later in pairwise(times))
+    alike = intervals[len(intervals) // _ALIKE :]
+    if not any(last <= (1 + 2 * _TOLERANCE) * one for one, last in zip(intervals, alike, strict=False)):
+        return []
     distances: list[int] = []
     for apart in range(1, len(times)):
         more = [later - one for one, later in zip(times, times[apart:], strict=False)]

@@ -37,16 +37,17 @@ def share(wants: Sequence[Want], capacity: float) -> list[float]:
     left += sum(granted)  # floors are a part of what each gets, not on top of it
     while open_ones:
         level = left / sum(wants[number].weight for number in open_ones)
-        # Whose floor lies above the level keeps it and takes no more part; then whoever wants less than the level.
-        settled = [number for number in open_ones if granted[number] > level * wants[number].weight]
-        if not settled:
-            settled = [number for number in open_ones if wants[number].wanted <= level * wants[number].weight]
-            for number in settled:
-                granted[number] = wants[number].wanted
-        if not settled:
-            for number in open_ones:
-                granted[number] = level * wants[number].weight
-            break
-        left -= sum(granted[number] for number in settled)
-        open_ones = sorted(set(open_ones) - set(settled))
+        parts = {number: level * wants[number].weight for number in open_ones}
+        low = [number for number in open_ones if granted[number] > parts[number]]
+        high = [number for number in open_ones if wants[number].wanted <= parts[number]]
+        # What floors take from the others, less what they leave who want little. If it is positive the level can only
+        # fall: who is below his floor now stays there. Else it can only rise, and who has all he wants still has it.
+        over = sum(granted[number] - parts[number] for number in low)
+        over -= sum(parts[number] - wants[number].wanted for number in high)
+        settled = low if over > 0 else high if over < 0 else open_ones
+        for number in settled:
+            granted[number] = max(min(parts[number], wants[number].wanted), granted[number])
+            left -= granted[number]
+        gone = set(settled)
+        open_ones = [number for number in open_ones if number not in gone]
     return granted

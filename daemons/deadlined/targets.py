@@ -132,14 +132,20 @@ def check_thread(tid: int) -> procfs.ThreadStat:
     facts = procfs.stat(tid)
     if facts.ended:
         raise GoneError(f"thread {tid} has ended")
-    if facts.kernel:
-        raise DeniedError(f"thread {tid} ({facts.name}) is the kernel's own; deadlined holds threads of programs only")
-    process = procfs.process_of(tid)
-    if process == 1:
-        raise DeniedError(f"thread {tid} is the init process': if it was throttled, the whole host would wait for it")
-    if process == os.getpid():
-        raise DeniedError(f"thread {tid} is deadlined's own: throttled by itself it could never raise its budget")
+    if why := why_not(facts):
+        raise DeniedError(why)
     return facts
+
+
+def why_not(facts: procfs.ThreadStat) -> str:
+    """Why nobody may ever hold this thread, or an empty text."""
+    if facts.kernel:
+        return f"thread {facts.tid} ({facts.name}) is the kernel's own; deadlined holds threads of programs only"
+    if (procfs.PROC / f"1/task/{facts.tid}").exists():
+        return f"thread {facts.tid} is the init process': if it was throttled, the whole host would wait for it"
+    if (procfs.PROC / f"self/task/{facts.tid}").exists():
+        return f"thread {facts.tid} is deadlined's own: throttled by itself it could never raise its budget"
+    return ""
 
 
 def open_local(target: Target) -> Source:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 
 from tests.bench.deadline_calls import calls, sampling
 from tests.bench.deadline_cost import MANY, MORE, overhead
-from tests.bench.deadline_host import Outcome, report
+from tests.bench.deadline_host import Outcome, VoidError, report
 from tests.bench.deadline_jitter import jitter
 from tests.bench.deadline_rule import overload, steady
 from tests.bench.figures import as_installed
@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=20, help="sampling: passes by each way (default: 20)")
     parser.add_argument("--traced", type=float, default=10.0, help="calls: seconds under strace (default: 10)")
     parser.add_argument("--busy", type=int, default=MANY, help=f"overhead: threads that work (default: {MANY})")
-    parser.add_argument("--work-us", type=int, default=150, help="their work (default: 150)")
+    parser.add_argument("--work-us", type=int, default=100, help="their work (default: 100)")
     parser.add_argument("--every-ms", type=int, default=200, help="how often they do it (default: 200)")
     options = parser.parse_args()
     if unknown := sorted(set(options.parts) - PARTS.keys()):
@@ -58,9 +58,16 @@ async def main() -> None:
     if missing := [name for name in TOOLS if shutil.which(name) is None]:
         raise SystemExit(f"missing: {', '.join(missing)} (run: make bench-deadline, which installs them)")
     as_installed()
+    void = []
     for name in options.parts or PARTS:
         load = os.getloadavg()
-        report(name, await PARTS[name](options), load_before=load, options=vars(options))
+        try:
+            report(name, await PARTS[name](options), load_before=load, options=vars(options))
+        except VoidError as why:
+            void.append(f"{name} is VOID: {why}")
+            print(f"\n{void[-1]}", flush=True)
+    if void:
+        raise SystemExit("\n".join(void))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from tests.bench.deadline_host import (
     Crowd,
     Deadlined,
     Outcome,
+    VoidError,
     private_deadlined,
     spent,
     tiny,
@@ -94,7 +95,7 @@ def _iterator(threads: int) -> Iterator[Callable[[], object]]:
     with TaskIterator.open() as tasks:
         buffer = TaskBuffer()
         if (found := tasks.read(buffer)) < threads:
-            raise RuntimeError(f"the iterator tells {found} of {threads} deadline threads")
+            raise VoidError(f"the iterator tells {found} of {threads} deadline threads")
         yield lambda: tasks.read(buffer)
 
 

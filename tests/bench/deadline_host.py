@@ -46,6 +46,10 @@ sched.set_attr(0, sched.without_slice(before))
 """
 
 
+class VoidError(Exception):
+    """A part says nothing: strangers were in the way, or something is broken."""
+
+
 @dataclass(slots=True)
 class Outcome:
     """What one part found: figures for people, data for machines."""
@@ -70,14 +74,14 @@ class Deadlined:
         """A metric without labels.
 
         Raises:
-            RuntimeError: the daemon has none of this name.
+            VoidError: the daemon has none of this name.
         """
         text = (await self.client._call("GET", "/metrics")).decode()
         for line in text.splitlines():
             key, _, value = line.partition(" ")
             if key == name:
                 return float(value)
-        raise RuntimeError(f"deadlined has no metric {name}")
+        raise VoidError(f"deadlined has no metric {name}")
 
     def resident_mb(self) -> tuple[float, float]:
         """RSS and PSS."""
@@ -119,7 +123,7 @@ class Crowd:
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"ready\n":
             self.end()
-            raise RuntimeError(f"{threads} threads could not be started")
+            raise VoidError(f"{threads} threads could not be started")
 
     def __enter__(self) -> Self:
         return self
@@ -172,7 +176,7 @@ def neighbours(count: int = 2) -> Iterator[None]:
             stack.callback(process.terminate)
             assert process.stdout is not None
             if process.stdout.readline() != b"ready\n":
-                raise RuntimeError("a neighbour found no room for its reservation")
+                raise VoidError("a neighbour found no room for its reservation")
         yield
 
 

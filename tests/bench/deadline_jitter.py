@@ -7,7 +7,17 @@ from collections.abc import AsyncIterator, Sequence
 
 from edgehold.api.deadlined import Sample, Target, TargetKind
 from edgehold.clock import NS_PER_MS, NS_PER_S
-from tests.bench.deadline_host import CYCLE_MS, HISTORY, Crowd, Deadlined, Outcome, private_deadlined, stress, tiny
+from tests.bench.deadline_host import (
+    CYCLE_MS,
+    HISTORY,
+    Crowd,
+    Deadlined,
+    Outcome,
+    VoidError,
+    private_deadlined,
+    stress,
+    tiny,
+)
 from tests.bench.figures import Figure, percentile
 
 BAR_MS = 2.0
@@ -77,10 +87,10 @@ def lateness_ms(history: Sequence[Sample]) -> list[float]:
     """By how much each sample is behind its place on the grid; the earliest of them all is taken to be on it.
 
     Raises:
-        RuntimeError: there are none to speak of.
+        VoidError: there are none to speak of.
     """
     if len(history) < 10:
-        raise RuntimeError(f"only {len(history)} samples were kept")
+        raise VoidError(f"only {len(history)} samples were kept")
     origin = history[0].time_ns
     # From half a period before its place to half behind: a cycle that is later than that counts for the next one.
     off = [(one.time_ns - origin + _T // 2) % _T - _T // 2 for one in history]

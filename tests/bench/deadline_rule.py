@@ -7,6 +7,9 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import msgspec
 
 from edgehold.api.deadlined import Policy, Sample, Target, TargetKind, ThreadState
 from edgehold.clock import NS_PER_MS, NS_PER_S
@@ -14,7 +17,16 @@ from edgehold.kernel import capacity, sched
 from edgehold.kernel.procfs import GoneError
 from edgehold.testing.jobs import Job, PeriodicJob
 from edgehold.testing.load import Load, available, settled
-from tests.bench.deadline_host import CYCLE_MS, HISTORY, Deadlined, Outcome, neighbours, private_deadlined, stress
+from tests.bench.deadline_host import (
+    CYCLE_MS,
+    HISTORY,
+    Deadlined,
+    Outcome,
+    VoidError,
+    neighbours,
+    private_deadlined,
+    stress,
+)
 from tests.bench.figures import Figure
 
 POLICY = Policy()
@@ -29,6 +41,8 @@ HOLD_S = 12.0
 LOOK_S = 0.1
 # What differs less is the same budget.
 _SAME = 0.02
+# Samples before and after a jump that are written down.
+_AROUND = 6
 _T = CYCLE_MS * NS_PER_MS
 
 
@@ -77,7 +91,9 @@ async def steady(options: Namespace) -> Outcome:
                 for ms, job, history in zip(WORKS_MS, jobs, histories, strict=True):
                     found = look(history, job.jobs(), since_ns=begin_ns)
                     outcome.figures += _figures(f"C = {ms} ms, {what}", found)
-                    outcome.data[f"C = {ms} ms, {what}"] = asdict(found)
+                    outcome.data[f"C = {ms} ms, {what}"] = asdict(found) | {
+                        "at_jumps": at_jumps(history, since_ns=begin_ns)
+                    }
                     if load is None:
                         first = look(history, job.jobs(), since_ns=begin_ns, until_ns=begin_ns + round(STEADY_S * 1e9))
                         note = f"Q/C {first.low:.3f} to {first.high:.3f}, mean {first.mean:.3f}"
@@ -93,13 +109,13 @@ def look(history: Sequence[Sample], jobs: Sequence[Job], *, since_ns: int, until
     """What the samples and jobs of some time say.
 
     Raises:
-        RuntimeError: there are none.
+        VoidError: there are none.
     """
     end_ns = until_ns or time.monotonic_ns()
     kept = [one for one in history if since_ns <= one.time_ns - one.elapsed_ns and one.time_ns <= end_ns]
     done = [one for one in jobs if since_ns <= one.release_ns and one.end_ns <= end_ns]
     if not kept or not done:
-        raise RuntimeError("nothing was sampled")
+        raise VoidError("nothing was sampled")
     need_ns = sum(one.executed_ns for one in kept) * kept[0].period_ns / sum(one.elapsed_ns for one in kept)
     ratios = [one.budget_ns / need_ns for one in kept]
     cap_ns = POLICY.cap * kept[0].period_ns * 0.99
@@ -117,6 +133,14 @@ def look(history: Sequence[Sample], jobs: Sequence[Job], *, since_ns: int, until
         late=sum(one.response_ns > 1.1 * one.executed_ns for one in done),
         worst_ms=max(one.response_ns for one in done) / NS_PER_MS,
     )
+
+
+def at_jumps(history: Sequence[Sample], *, since_ns: int) -> list[list[dict[str, Any]]]:
+    """The samples around each jump to the cap: why it jumped is to be seen in them."""
+    kept = [one for one in history if since_ns <= one.time_ns - one.elapsed_ns]
+    wants = [one.wanted_ns >= POLICY.cap * one.period_ns * 0.99 for one in kept]
+    jumps = [at for at in range(1, len(kept)) if wants[at] and not wants[at - 1]]
+    return [[msgspec.to_builtins(one) for one in kept[max(at - _AROUND, 0) : at + _AROUND]] for at in jumps]
 
 
 def _figures(what: str, found: Steady) -> list[Figure]:
@@ -139,6 +163,9 @@ class Looks:
     unexplained: int = 0
     """Threads with less than is wanted and no reason why, at a look after the first cycle."""
     reasons: set[str] = field(default_factory=set)
+    """Why some have less than is wanted, at any look."""
+    last: str = ""
+    """One of them at the last look that found any."""
 
 
 async def overload(options: Namespace) -> Outcome:
@@ -155,8 +182,11 @@ async def overload(options: Namespace) -> Outcome:
                 cycles, sums = await _watch(daemon, ids, looks)
                 children[0].end()
                 fewer, grown = await _watch(daemon, ids[1:], looks)
+        changed = abs(settled(available) - room)
+        if changed > 2 * capacity.RESOLUTION:
+            raise VoidError(f"overload: strangers' reservations changed by {changed:.2f} CPUs meanwhile")
         what = f"{hogs} hogs, {room:.2f} CPUs free"
-        note = f"{sums:.2f} CPUs given; one is: {min(looks.reasons, default='none')}"
+        note = f"{sums:.2f} CPUs given; {looks.last}"
         outcome.figures += [
             Figure(f"{what}: settled after", cycles, "cycles", CYCLES_BAR, note=note),
             Figure("  largest sum less what was free", looks.highest - room, "CPUs", 2 * capacity.RESOLUTION,
@@ -191,6 +221,7 @@ async def _watch(daemon: Deadlined, ids: Sequence[int], looks: Looks) -> tuple[i
             looks.unexplained += sum(not one.reason for one in short)
             looks.unexplained += sum(one.state is not ThreadState.HELD and not one.reason for one in threads)
             looks.reasons |= {one.reason for one in short if one.reason}
+            looks.last = next((one.reason for one in short), looks.last)
         await asyncio.sleep(LOOK_S)
     ends_ns = [changed_ns((await daemon.client.attachment(one)).history, since_ns=begin_ns) for one in ids]
     return max(math.ceil((max(ends_ns) - begin_ns) / _T), 0), sums

@@ -220,13 +220,13 @@ def test_each_sleep_is_recorded_and_the_records_outlive_the_thread() -> None:
 
 
 def test_what_did_not_fit_into_the_ring_is_told() -> None:
-    sleepy = Sleepy(1000)
+    sleepy = Sleepy(2000)
     with SwitchRecorder(sleepy.tid) as recorder:
         sleepy.finish()
         switches = recorder.drain()
         assert recorder.lost == 1  # though no later record says so
     assert switches[-1][1] == LOST
-    assert 200 < len(switches) < 2000
+    assert 500 < len(switches) < 4000
 
 
 def test_a_loss_in_the_middle_stands_where_it_happened() -> None:
@@ -237,7 +237,7 @@ def test_a_loss_in_the_middle_stands_where_it_happened() -> None:
             return int(re.findall(r"^voluntary_ctxt_switches:\s+(\d+)", status.read_text(), re.MULTILINE)[0])
 
         before = slept()
-        eventually(lambda: slept() > before + 600, timeout_s=60, what="more switches than the ring holds")
+        eventually(lambda: slept() > before + 1200, timeout_s=60, what="more switches than the ring holds")
         assert recorder.drain()[-1][1] == LOST
         found: list[int] = []
 

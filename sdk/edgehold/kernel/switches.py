@@ -26,8 +26,8 @@ LOST = native_perf.LOST
 Switch: TypeAlias = tuple[int, int]
 """When, in nanoseconds of CLOCK_MONOTONIC, and the flags. A bare pair: there are thousands a second."""
 
-# 512 records on pages of 4 KiB: 2,500 runs a second at a drain each 100 ms.
-_PAGES = 2
+# 1,024 records on pages of 4 KiB: of 2,500 runs a second at a drain each 200 ms.
+_PAGES = 4
 
 
 class SwitchRecorder:

@@ -1,0 +1,100 @@
+"""Both rules once more, in plain Python: what the C is compared with. Written from docs/deadlined.md and Figure 23."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from deadlined.rules import RuleConfig
+from edgehold.api.deadlined import Rule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """One window of one thread. Times in nanoseconds; None: not known."""
+
+    elapsed_ns: int
+    executed_ns: int
+    run_delay_ns: int = 0
+    budget_ns: int
+    throttled: bool | None = None
+    saturated: bool | None = None
+
+
+class Model:
+    """A rule with its state."""
+
+    def __init__(self, config: RuleConfig) -> None:
+        self.config = config
+        self.wanted_ns = config.initial_budget_ns
+        self.multiplier = 1
+        self.saturated = False
+        self.again = False
+        """The next window should be a short one."""
+        self._largest_before: int | None = None
+        self._samples: deque[int] = deque(maxlen=config.window)
+        self._phase = "steady"
+        self._looks = 0
+
+    def step(self, window: Window) -> int:
+        """One window; the budget from now on."""
+        executed = int(float(window.executed_ns) * float(self.config.period_ns) / float(window.elapsed_ns))
+        self.again = False
+        match self.config.rule:
+            case Rule.FAST:
+                self._fast(window, executed)
+            case Rule.REFERENCE:
+                self.saturated = self._is_saturated(window, executed)
+                self._figure_23(executed)
+            case Rule.FIXED:
+                self.saturated = self._is_saturated(window, executed)
+        return self.wanted_ns
+
+    def _bounded(self, wanted: float) -> int:
+        if wanted >= self.config.max_budget_ns:
+            return self.config.max_budget_ns
+        return self.config.min_budget_ns if wanted <= self.config.min_budget_ns else int(wanted + 0.5)
+
+    def _figure_23(self, executed: int) -> None:
+        """The pseudo-code, with the cap of the experiment and our floor."""
+        self._samples.append(executed)
+        largest = max(self._samples)
+        grew = self._largest_before is not None and largest > self._largest_before
+        self.multiplier = min(self.multiplier * 2, 2**40) if grew else 1
+        self._largest_before = largest
+        self.wanted_ns = self._bounded(largest * (1 + self.config.overallocation * self.multiplier))
+
+    def _awake(self, window: Window) -> bool:
+        limit = max(0.9, 1 - (1 - window.budget_ns / self.config.period_ns) / 2)
+        return window.executed_ns + window.run_delay_ns >= limit * window.elapsed_ns
+
+    def _is_saturated(self, window: Window, executed: int) -> bool:
+        if window.saturated is not None:
+            return window.saturated
+        if not window.budget_ns:
+            return False
+        if self._phase == "saturated":
+            return self._awake(window) or window.throttled is True
+        if executed < 0.75 * window.budget_ns:
+            return False
+        return self._awake(window) or (window.throttled is True and executed >= 0.93 * window.budget_ns)
+
+    def _fast(self, window: Window, executed: int) -> None:
+        before = self._phase
+        self.saturated = self._is_saturated(window, executed)
+        if self.saturated:
+            self._looks = self._looks + 1 if before == "saturated" else 0
+            self._phase = "saturated"
+            self._samples.clear()
+            self.wanted_ns = self.config.max_budget_ns
+            self.again = self._looks < 10
+            return
+        self._phase = "steady"
+        if before != "steady":
+            return  # a backlog's end, or a short look
+        self._samples.append(executed)
+        over = self.config.overallocation
+        wanted = self._bounded(max(self._samples) * (1 + over))
+        if wanted > self.wanted_ns * (1 + min(over / 4, 0.05)) or wanted < self.wanted_ns * 0.95:
+            self.wanted_ns = wanted
+        suspected = executed >= 0.93 * window.budget_ns and window.run_delay_ns > 0.05 * window.elapsed_ns
+        if window.budget_ns and suspected:
+            self._phase, self.again = "suspect", True
