@@ -16,8 +16,8 @@ from edgehold.kernel.procfs import GoneError
 from edgehold.kernel.sampler import Sampler
 from edgehold.kernel.switches import Activations, SwitchRecorder
 
-# The ring of a thread that runs 2,500 times a second is full after this. A look at a ring costs little, but waking up for
-# it does: one that was hardly used is passed over the next time.
+# The ring of a thread that runs 2,500 times a second is full after this. A look at a ring costs little, waking up for it
+# more: one that was hardly used is passed over the next time.
 _DRAIN_S = 0.2
 _FEW = 128
 # When to judge, and whether patterns too: ten even periods of 100 ms are seen at the second look.
@@ -113,27 +113,24 @@ class _Watch:
         self._passed_over = len(switches) < _FEW
         if not due:
             return None
-        seen = self._activations
-        found = periods.infer(tuple(seen.times_ns), tuple(seen.stalls_ns), patterns=self._patterns)
         following = next(self._looks, None)
-        if found.period_ns is not None or following is None:
-            found = self._checked(found)
+        found = self._judge(patterns=self._patterns)
         if found.period_ns is not None or following is None:
             return found
         self._next_ms, self._patterns = following
         return None
 
-    def _checked(self, found: Inference) -> Inference:
-        """The answer, if it can be the thread's own period; else why it is unknown, as well as that can be said."""
-        now, first = self._sampler.sample()[self._tid], self._first
+    def _judge(self, *, patterns: bool) -> Inference:
+        """A period, if it can be the thread's own; else why it is unknown, as well as that can be said."""
+        now, first, seen = self._sampler.sample()[self._tid], self._first, self._activations
         if now.errno:
             raise GoneError(f"thread {self._tid} does not exist (any more)")
-        why = periods.can_infer(
-            now.time_ns - first.time_ns,
-            now.executed_ns - first.executed_ns,
-            now.run_delay_ns - first.run_delay_ns,
-            stalled_ns=self._activations.stalled_ns,
-        )
-        if not why and found.period_ns is None and self._recorder.lost:
-            why = "it runs too often for its switches to be followed"
-        return Inference(None, reason=why) if why else found
+        elapsed_ns, run_delay_ns = now.time_ns - first.time_ns, now.run_delay_ns - first.run_delay_ns
+        executed_ns = now.executed_ns - first.executed_ns
+        if why := periods.can_infer(elapsed_ns, executed_ns, run_delay_ns, stalled_ns=seen.stalled_ns):
+            return Inference(None, reason=why)
+        patterns = patterns and periods.shows_patterns(elapsed_ns, run_delay_ns)
+        found = periods.infer(tuple(seen.times_ns), tuple(seen.stalls_ns), patterns=patterns)
+        if found.period_ns is None and self._recorder.lost:
+            return Inference(None, reason="it runs too often for its switches to be followed")
+        return found

@@ -52,6 +52,7 @@ _PATTERN = 64
 _BUSY = 0.8
 # Whoever waits for so much of the time is activated when others let it, or when its budget is filled up again.
 _WAITED = 0.05
+_WAITED_IN_PATTERN = 0.01
 # So little of a period makes no difference; so many intervals without more must there be, where others have it.
 _STALL = 0.02
 _FREE = 5
@@ -73,7 +74,7 @@ def infer(activations_ns: Sequence[int], stalls_ns: Sequence[int] = (), *, patte
     """The period of activations at these times, ascending, in nanoseconds.
 
     ``stalls_ns`` has for each of them how long the thread was kept from going on in the interval before; without it
-    nothing did. ``patterns=False`` leaves out the second rule, which costs ten times the first.
+    nothing did. ``patterns=False`` leaves out the second rule, which costs more; see `shows_patterns`.
     """
     intervals = [later - one for one, later in pairwise(activations_ns)]
     if len(intervals) < _PERIODS or activations_ns[-1] <= activations_ns[0]:
@@ -90,6 +91,14 @@ def infer(activations_ns: Sequence[int], stalls_ns: Sequence[int] = (), *, patte
     if found.period_ns is not None and stalled and not (even and _free(found.period_ns, intervals, stalls_ns[1:])):
         return Inference(None, reason="it was kept waiting so often that its activations may not be its own")
     return found
+
+
+def shows_patterns(elapsed_ns: int, run_delay_ns: int) -> bool:
+    """Whether the thread was so free in a window that patterns can be its own.
+
+    What delays an even thread every third time, as others with a longer period do, makes a pattern of that length.
+    """
+    return run_delay_ns < _WAITED_IN_PATTERN * elapsed_ns
 
 
 def can_infer(elapsed_ns: int, executed_ns: int, run_delay_ns: int, *, stalled_ns: int = 0) -> str:

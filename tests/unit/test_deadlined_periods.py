@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deadlined.periods import Inference, can_infer, infer
+from deadlined.periods import Inference, can_infer, infer, shows_patterns
 from edgehold.kernel.switches import LOST, OUT, PREEMPTED, Activations
 
 MS = 1_000_000
@@ -226,3 +226,8 @@ def test_only_the_last_are_kept() -> None:
         seen.feed([(2 * number, OUT), (2 * number + 1, 0)])
     assert list(seen.times_ns) == [13, 15, 17, 19]
     assert len(seen.stalls_ns) == 4
+
+
+def test_patterns_are_looked_for_only_in_who_hardly_waits() -> None:
+    assert shows_patterns(S, 9 * MS)
+    assert not shows_patterns(S, 10 * MS)

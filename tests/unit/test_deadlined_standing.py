@@ -12,7 +12,7 @@ from deadlined.rules import rule_config
 from deadlined.standing import PendingSource, open_in_time
 from deadlined.targets import Source
 from edgehold.api.deadlined import Policy, Target, TargetKind
-from edgehold.errors import EdgeholdError, NotFoundError, UnavailableError
+from edgehold.errors import NotFoundError, UnavailableError
 
 TARGET = Target(kind=TargetKind.UNIT, name="nginx.service")
 
@@ -64,7 +64,7 @@ def test_it_is_listed_without_threads() -> None:
 
 
 async def test_it_is_followed_when_it_is_there() -> None:
-    one, opened, into = attached(), Opened(), []
+    one, opened, into = attached(), Opened(), list[Source]()
     await asyncio.wait_for(open_in_time(one, opened, followed(into)), 20)
     assert into == [opened.source]
 
@@ -120,9 +120,6 @@ async def test_detached_while_it_is_asked() -> None:
 
 
 async def test_one_that_is_followed_already_is_left_alone() -> None:
-    class Other(PendingSource):
-        pass
-
     def must_not(*_values: object) -> Awaitable[Source]:
         raise AssertionError
 
@@ -146,7 +143,3 @@ class _Real:
 
     def close(self) -> None:
         raise AssertionError
-
-
-def test_its_errors_are_ours() -> None:
-    assert issubclass(UnavailableError, EdgeholdError)
