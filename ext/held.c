@@ -167,7 +167,33 @@ static void remember(struct eh_pass *pass, const struct eh_held *row, const stru
     };
 }
 
-/* The window that ends now, if it is long enough to say something. */
+/*
+ * How long a window is that does not end with the cycle. A cycle's windows are of one length; between short windows,
+ * which end when they end, and the next cycle is a rest that is no multiple of anything: what is sized by it would be
+ * wrong. So a thread whose short windows are over gets one long window of its own, of whole periods so that it counts
+ * as many jobs wherever it begins, and joins the cycle after that.
+ */
+static uint64_t own_length(const struct eh_held *row, const struct eh_pass *pass)
+{
+    uint64_t period_ns = row->rule.period_ns;
+    uint64_t wanted = row->place == EH_PLACE_SHORT ? pass->short_ns : pass->cycle_ns / period_ns * period_ns;
+
+    return wanted > period_ns ? wanted : period_ns;
+}
+
+/* Where the next window lies. */
+static void place(struct eh_held *row, const struct eh_pass *pass, int again, uint64_t now)
+{
+    if (again && pass->short_ns)
+        row->place = EH_PLACE_SHORT;
+    else if (row->place == EH_PLACE_SHORT)
+        row->place = EH_PLACE_SETTLING;
+    else
+        row->place = row->place == EH_PLACE_CYCLE ? EH_PLACE_CYCLE : EH_PLACE_BETWEEN;
+    row->due_ns = row->place == EH_PLACE_SHORT || row->place == EH_PLACE_SETTLING ? now + own_length(row, pass) : 0;
+}
+
+/* Ends the window, and begins the next. */
 static void measure(struct eh_held *row, struct eh_pass *pass, const struct seen *seen, uint64_t now)
 {
     struct eh_window window = {
@@ -178,19 +204,21 @@ static void measure(struct eh_held *row, struct eh_pass *pass, const struct seen
         .throttled = seen->throttled,
         .saturated = -1,
     };
-    uint64_t shortest = row->due_ns ? pass->short_ns : SHORTEST_WINDOW(pass->cycle_ns);
+    uint64_t shortest = row->due_ns ? own_length(row, pass) : SHORTEST_WINDOW(pass->cycle_ns);
 
     if (shortest < row->rule.period_ns)
         shortest = row->rule.period_ns;
-    if (row->base_ns && window.elapsed_ns < shortest) {
-        /* Its period became longer meanwhile: a time that is past would wake the caller again and again. */
-        if (row->due_ns && row->due_ns <= now)
-            row->due_ns = row->base_ns + shortest;
-        return;
-    }
-    if (row->base_ns) {
+    if (row->place == EH_PLACE_BETWEEN && !row->due_ns) {
+        row->place = EH_PLACE_CYCLE;
+    } else if (row->base_ns) {
         int again;
 
+        if (window.elapsed_ns < shortest) {
+            /* Its period became longer meanwhile: a time that is past would wake the caller again and again. */
+            if (row->due_ns && row->due_ns <= now)
+                row->due_ns = row->base_ns + shortest;
+            return;
+        }
         if (eh_rule_asks(&row->rule, &row->sizing, &window))
             window.throttled = eh_is_throttled(row->tid);
         again = eh_rule_step(&row->rule, &row->sizing, &window);
@@ -200,9 +228,7 @@ static void measure(struct eh_held *row, struct eh_pass *pass, const struct seen
         remember(pass, row, &window, now);
         if (!pass->short_ns && row->sizing.phase == EH_PHASE_SUSPECT)
             row->sizing.phase = EH_PHASE_STEADY;
-        row->due_ns = again && pass->short_ns
-                          ? now + (pass->short_ns > row->rule.period_ns ? pass->short_ns : row->rule.period_ns)
-                          : 0;
+        place(row, pass, again, now);
     }
     row->base_ns = now;
     row->base_executed_ns = seen->executed_ns;
@@ -277,10 +303,12 @@ int eh_pass(struct eh_held *table, int rows, struct eh_pass *pass, struct eh_tod
                 what = watch(row, &seen, now) | check(row, now);
                 row->executed_total_ns = seen.executed_ns;
                 row->run_delay_total_ns = seen.run_delay_ns;
-                if (row->flags & EH_FROZEN)
+                if (row->flags & EH_FROZEN) {
                     row->base_ns = row->due_ns = 0;
-                else
+                    row->place = EH_PLACE_CYCLE;
+                } else {
                     measure(row, pass, &seen, now);
+                }
                 if (row->sizing.wanted_ns != row->told_ns)
                     what |= EH_TODO_CHANGE;
                 row->told_ns = row->sizing.wanted_ns;

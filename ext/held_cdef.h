@@ -34,7 +34,7 @@ struct eh_window {
 struct eh_sizing {
     uint64_t wanted_ns;
     uint64_t multiplier;
-    int64_t largest_before_ns; /* -1: none */
+    uint64_t largest_before_ns; /* 0 at the start: nothing had been executed when the thread was attached */
     uint32_t filled;
     uint32_t next;
     uint32_t phase;
@@ -72,15 +72,20 @@ struct eh_held {
     uint64_t base_ns; /* where the window began; 0: with the next sample */
     uint64_t base_executed_ns;
     uint64_t base_run_delay_ns;
-    uint64_t due_ns;      /* when a short window ends; 0: with the cycle */
+    uint64_t due_ns;      /* when a window of its own ends; 0: with the cycle */
     uint64_t executed_ns; /* of the last window, per period */
     uint64_t run_delay_ns;
     uint64_t progress_ns; /* when it was last seen to have executed */
     uint64_t look_ns;     /* when to look (again) whether it sleeps */
     uint64_t check_ns;    /* when to ask (again) whether its reservation is ours */
     uint32_t windows;
-    uint32_t reserved;
+    uint32_t place; /* EH_PLACE_... */
 };
+
+#define EH_PLACE_CYCLE 0    /* its window began with a cycle */
+#define EH_PLACE_SHORT 1    /* a short window of its own */
+#define EH_PLACE_SETTLING 2 /* a long one of its own, after short ones */
+#define EH_PLACE_BETWEEN 3  /* it waits for the next cycle to begin one */
 
 /* A window that is over, for whoever wants to see it later. */
 struct eh_sample {

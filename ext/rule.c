@@ -66,7 +66,6 @@ void eh_rule_begin(struct eh_sizing *sizing, uint64_t budget_ns)
     memset(sizing, 0, sizeof(*sizing));
     sizing->wanted_ns = budget_ns;
     sizing->multiplier = 1;
-    sizing->largest_before_ns = -1;
 }
 
 void eh_rule_rescale(struct eh_sizing *sizing, const struct eh_rule *before, const struct eh_rule *after)
@@ -82,8 +81,7 @@ void eh_rule_rescale(struct eh_sizing *sizing, const struct eh_rule *before, con
         sizing->samples_ns[keep - 1 - i] = (uint64_t)((double)kept[i] * factor);
     sizing->filled = keep;
     sizing->next = keep % after->window;
-    if (sizing->largest_before_ns >= 0)
-        sizing->largest_before_ns = (int64_t)((double)sizing->largest_before_ns * factor);
+    sizing->largest_before_ns = (uint64_t)((double)sizing->largest_before_ns * factor);
     sizing->wanted_ns = bounded((double)sizing->wanted_ns * factor, after);
     if (after->kind != before->kind) {
         sizing->multiplier = 1;
@@ -99,9 +97,9 @@ static void reference(const struct eh_rule *rule, struct eh_sizing *sizing, uint
 
     push(sizing, rule, executed_ns);
     most = largest(sizing);
-    grew = sizing->largest_before_ns != -1 && (int64_t)most > sizing->largest_before_ns;
+    grew = most > sizing->largest_before_ns;
     sizing->multiplier = !grew ? 1 : sizing->multiplier < MULTIPLIER_MAX ? sizing->multiplier * 2 : MULTIPLIER_MAX;
-    sizing->largest_before_ns = (int64_t)most;
+    sizing->largest_before_ns = most;
     sizing->wanted_ns = bounded((double)most * (1 + rule->overallocation * (double)sizing->multiplier), rule);
 }
 

@@ -89,6 +89,8 @@ class Periods:
         )  # fmt: skip
 
     def _unknown(self, thread: Thread, why: str, *, last: bool = False) -> None:
+        if thread.period_origin is not PeriodOrigin.OBSERVING:
+            return  # its policy was changed meanwhile
         tries = self._tries[thread.key] = self._tries.get(thread.key, 0) + 1
         if last or tries >= _TRIES:
             thread.period_origin = PeriodOrigin.UNKNOWN

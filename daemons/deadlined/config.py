@@ -1,5 +1,6 @@
 """deadlined's settings: /etc/edgehold/deadlined.toml and its drop-ins."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ import msgspec
 from deadlined.deny import DenySettings
 from deadlined.rules import rule_config
 from edgehold import settings
-from edgehold.api.deadlined import DURABLE, Policy, Target
+from edgehold.api.deadlined import DURABLE, GROUPS, Actuator, Policy, Target
 from edgehold.errors import SettingsError
 from edgehold.kernel.limits import DL_MIN_RUNTIME_NS
 from edgehold.wire.peer import Access
@@ -78,6 +79,20 @@ def policy_of(given: dict[str, Any], default: Policy) -> Policy:
     )
 
 
+def policy_problem(target: Target, policy: Policy) -> str:
+    """Why this target can't have this policy, or an empty text."""
+    if policy.actuator is Actuator.DEADLINE:
+        return rule_config(policy).problem()
+    if target.kind not in GROUPS:
+        return (
+            f"actuator {policy.actuator.value} is of a whole cgroup: attach a unit or a cgroup, or use the actuator "
+            f"deadline for a {target.kind.value}"
+        )
+    if policy.period_ns == "auto":
+        return "period_ns auto is for threads; give a group's period"
+    return rule_config(policy, cpus=os.cpu_count() or 1).problem()
+
+
 def load(path: Path | None) -> Settings:
     """Read and check everything.
 
@@ -85,11 +100,14 @@ def load(path: Path | None) -> Settings:
         SettingsError: names the file and the key.
     """
     wanted = settings.load(Settings, "deadlined", path=path)
+    targets = [one.target for one in wanted.attach]
     for number, one in enumerate(wanted.attach):
+        if (first := targets.index(one.target)) < number:
+            raise SettingsError(f"attach[{number}].target: {one.target} is attach[{first}]'s already")
         try:
             policy = policy_of(one.policy, wanted.policy)
         except msgspec.ValidationError as error:
             raise SettingsError(f"attach[{number}].policy: {error}") from None
-        if problem := rule_config(policy).problem():
+        if problem := policy_problem(one.target, policy):
             raise SettingsError(f"attach[{number}].policy: {problem}")
     return wanted

@@ -58,8 +58,8 @@ class _Part:
     @property
     def budget_ns(self) -> int:
         period_ns = self.entry.thread.config.period_ns
-        # Half a nanosecond up: a floor that is granted must not come out as less than itself.
-        return self.entry.wanted_ns if self.cpus >= self.wanted else int(self.cpus * period_ns + 0.5)
+        # A little up: a floor that is granted must not come out as a nanosecond less than itself.
+        return self.entry.wanted_ns if self.cpus >= self.wanted else int(self.cpus * period_ns + 0.001)
 
 
 def _compress(parts: "Sequence[_Part]", cpus: float, text: str) -> None:

@@ -16,8 +16,8 @@ from edgehold.kernel.procfs import GoneError
 from edgehold.kernel.sampler import Sampler
 from edgehold.kernel.switches import Activations, SwitchRecorder
 
-# The ring of a thread that runs 2,500 times a second is full after this. A look at a ring costs little, waking up for it
-# more: one that was hardly used is passed over the next time.
+# The ring of a thread that runs 2,500 times a second is full after this. Most of a look's cost is waking up for it, so
+# a ring that was hardly used is passed over the next time.
 _DRAIN_S = 0.2
 _FEW = 128
 # When to judge, and whether patterns too: ten even periods of 100 ms are seen at the second look.
@@ -122,14 +122,20 @@ class _Watch:
 
     def _judge(self, *, patterns: bool) -> Inference:
         """A period, if it can be the thread's own; else why it is unknown, as well as that can be said."""
-        now, first, seen = self._sampler.sample()[self._tid], self._first, self._activations
+        found = None if patterns else self._infer(patterns=False)
+        if found is not None and found.period_ns is None:
+            return found  # what the counters say is not asked for: there is another look
+        now, first, stalled_ns = self._sampler.sample()[self._tid], self._first, self._activations.stalled_ns
         if now.errno:
             raise GoneError(f"thread {self._tid} does not exist (any more)")
         elapsed_ns, run_delay_ns = now.time_ns - first.time_ns, now.run_delay_ns - first.run_delay_ns
         executed_ns = now.executed_ns - first.executed_ns
-        if why := periods.can_infer(elapsed_ns, executed_ns, run_delay_ns, stalled_ns=seen.stalled_ns):
+        if why := periods.can_infer(elapsed_ns, executed_ns, run_delay_ns, stalled_ns=stalled_ns):
             return Inference(None, reason=why)
-        patterns = patterns and periods.shows_patterns(elapsed_ns, run_delay_ns)
+        return found or self._infer(patterns=periods.shows_patterns(elapsed_ns, run_delay_ns))
+
+    def _infer(self, *, patterns: bool) -> Inference:
+        seen = self._activations
         found = periods.infer(tuple(seen.times_ns), tuple(seen.stalls_ns), patterns=patterns)
         if found.period_ns is None and self._recorder.lost:
             return Inference(None, reason="it runs too often for its switches to be followed")

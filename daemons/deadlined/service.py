@@ -15,7 +15,7 @@ from typing import Any
 
 from deadlined import api, leftovers
 from deadlined.cgroups import open_cgroup
-from deadlined.config import Settings, policy_of
+from deadlined.config import Settings, policy_of, policy_problem
 from deadlined.deny import Deny
 from deadlined.domains import LibvirtLink
 from deadlined.engine import Engine
@@ -23,15 +23,12 @@ from deadlined.held import Attached
 from deadlined.holder import no_descriptor
 from deadlined.keep import Keep, Kept
 from deadlined.partitions import VmandLink
-from deadlined.rules import rule_config
 from deadlined.standing import PendingSource, open_in_time
 from deadlined.targets import Source, open_local
 from deadlined.trees import open_tree
 from deadlined.units import Units
 from edgehold.api.deadlined import (
     DURABLE,
-    GROUPS,
-    Actuator,
     Attachment,
     AttachmentDetail,
     AttachRequest,
@@ -252,16 +249,7 @@ class Service:
 
     @staticmethod
     def _check_policy(target: Target, policy: Policy) -> None:
-        group = policy.actuator is not Actuator.DEADLINE
-        if group and target.kind not in GROUPS:
-            raise BadRequestError(
-                f"policy: actuator {policy.actuator.value} is of a whole cgroup: attach a unit or a cgroup, or use the "
-                f"actuator deadline for a {target.kind.value}"
-            )
-        if group and policy.period_ns == "auto":
-            raise BadRequestError("policy: period_ns auto is for threads; give a group's period")
-        config = rule_config(policy, cpus=(os.cpu_count() or 1) if group else 1)
-        if problem := config.problem():
+        if problem := policy_problem(target, policy):
             raise BadRequestError(f"policy: {problem}")
 
     def _check_new(self, target: Target) -> None:

@@ -37,6 +37,8 @@ class _Lib:
     EH_HELD: int
     EH_FROZEN: int
     EH_PHASE_SUSPECT: int
+    EH_PLACE_CYCLE: int
+    EH_PLACE_SHORT: int
     EH_TODO_CHANGE: int
     EH_TODO_GONE: int
     EH_TODO_TAKEN: int

@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--traced", type=float, default=10.0, help="calls: seconds under strace (default: 10)")
     parser.add_argument("--busy", type=int, default=MANY, help=f"overhead: threads that work (default: {MANY})")
     parser.add_argument("--work-us", type=int, default=100, help="their work (default: 100)")
-    parser.add_argument("--every-ms", type=int, default=200, help="how often they do it (default: 200)")
+    parser.add_argument("--every-ms", type=int, default=250, help="how often they do it (default: 250)")
     options = parser.parse_args()
     if unknown := sorted(set(options.parts) - PARTS.keys()):
         parser.error(f"no such part: {', '.join(unknown)} (there are {', '.join(PARTS)})")

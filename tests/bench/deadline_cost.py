@@ -66,11 +66,11 @@ async def _cost(
             await asyncio.sleep(SETTLE_S)
             found = await spent(daemon, options.seconds, own=[crowd.pid] if crowd else [])
             rss, pss = daemon.resident_mb()
-            held, short = await _held(daemon)
+            held, short, why = await _held(daemon)
             begin = time.monotonic()
         restored_s = time.monotonic() - begin
     if held < threads:
-        raise VoidError(f"{what}: {held} of {threads} threads are held: has somebody else the bandwidth?")
+        raise VoidError(f"{what}: {held} of {threads} threads are held; one is {why}")
     cycle_us = found.percent / 100 * CYCLE_MS * 1000
     note = f"{cycle_us:.0f} us a cycle; strangers used {found.strangers_cpus:.2f} CPUs"
     note += f"; {short} have less than is wanted" if short else ""
@@ -94,8 +94,9 @@ async def _attach(daemon: Deadlined, crowd: Crowd, policy: Policy, *, apart: boo
         await daemon.client.attach(Target(kind=TargetKind.THREAD, id=tid), policy)
 
 
-async def _held(daemon: Deadlined) -> tuple[int, int]:
-    """How many threads are held, and how many of them with less than is wanted."""
+async def _held(daemon: Deadlined) -> tuple[int, int, str]:
+    """How many threads are held, how many of them with less than is wanted, and why one is not."""
     all_of_them = [thread for one in await daemon.client.list_attachments() for thread in one.threads]
     held = [one for one in all_of_them if one.state is ThreadState.HELD]
-    return len(held), sum(one.budget_ns < one.wanted_ns for one in held)
+    why = next((f"{one.state.value}: {one.reason}" for one in all_of_them if one.state is not ThreadState.HELD), "")
+    return len(held), sum(one.budget_ns < one.wanted_ns for one in held), why

@@ -76,6 +76,13 @@ def load() -> Iterator[Load]:
         yield one
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a busy loop. One that is stuck could not even end: so it leaves first."""
+    if sched.get(process.pid).policy is Policy.DEADLINE:
+        sched.set_attr(process.pid, SchedAttr())
+    process.kill()
+
+
 @contextlib.contextmanager
 def hogs() -> Iterator[list[int]]:
     """Busy loops, cheap to start here, and nice enough to leave the CPUs to the test where they are not held."""
@@ -83,7 +90,7 @@ def hogs() -> Iterator[list[int]]:
         started = []
         for _ in range(HOGS):
             one = stack.enter_context(subprocess.Popen(["nice", "-n", str(NICE), "sh", "-c", "while :; do :; done"]))
-            stack.callback(one.kill)
+            stack.callback(end, one)
             started.append(one.pid)
         eventually(
             lambda: all(sched.get(pid).nice == NICE for pid in started), timeout_s=PATIENCE_S, what="they are nice"
@@ -276,6 +283,22 @@ async def revived(daemon: Daemon, client: DeadlinedClient, tids: list[int]) -> N
         return all(one.state is ThreadState.HELD or "somebody else" in one.reason for one in threads)
 
     print(time.monotonic(), "FIND")
-    await until(found, "the daemon finds one")
-    await until(held, "it is held again")
+    try:
+        await until(found, "the daemon finds one")
+    except AssertionError:
+        print(
+            daemon.log_text(),
+            moving,
+            tids,
+            [(tid, sched.get(tid), procfs.dl_runtime(tid)) for tid in tids],
+            [await client.attachment(one) for one in numbers],
+        )
+        raise
+    try:
+        await until(held, "it is held again")
+    except AssertionError:
+        print(daemon.log_text(), moving, tids, [(tid, sched.get(tid), procfs.dl_runtime(tid)) for tid in tids])
+        for one in numbers:
+            print((await client.attachment(one)).attachment)
+        raise
     assert await asyncio.to_thread(executing, tids) == set(tids)

@@ -29,7 +29,7 @@ class Model:
         self.saturated = False
         self.again = False
         """The next window should be a short one."""
-        self._largest_before: int | None = None
+        self._largest_before = 0
         self._samples: deque[int] = deque(maxlen=config.window)
         self._phase = "steady"
         self._looks = 0
@@ -57,7 +57,7 @@ class Model:
         """The pseudo-code, with the cap of the experiment and our floor."""
         self._samples.append(executed)
         largest = max(self._samples)
-        grew = self._largest_before is not None and largest > self._largest_before
+        grew = largest > self._largest_before
         self.multiplier = min(self.multiplier * 2, 2**40) if grew else 1
         self._largest_before = largest
         self.wanted_ns = self._bounded(largest * (1 + self.config.overallocation * self.multiplier))

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from deadlined import guard
 from deadlined.guard import Guard
 from deadlined.metrics import Metrics
 from edgehold.kernel import sched
@@ -48,7 +47,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     one = Host()
     monkeypatch.setattr(sched, "set_attr", one.set_attr)
     monkeypatch.setattr(sched, "get", lambda: one.policy)
-    monkeypatch.setattr(guard.time, "process_time_ns", lambda: one.used_ns)
+    monkeypatch.setattr("time.process_time_ns", lambda: one.used_ns)
     return one
 
 

@@ -52,27 +52,29 @@ def never_slept(sizer: Sizer) -> int:
 
 
 def test_the_path_of_the_deliverable() -> None:
-    # What a thread that starts with 2 ms and needs 10 executed, in ms a period, in a run on a real kernel.
-    executed = [2.18, 2.83, 4.29, 8.67, 24.73, 40.0, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0]
+    # A thread that starts with 2 ms and needs 10 uses all that it gets, then works its backlog off at 40 ms a period.
     sizer = Sizer(REFERENCE)
-    budgets = [step(sizer, c * MS) / MS for c in executed]
-    assert budgets[:6] == pytest.approx([2.4, 3.4, 6.0, 15.6, 64.3, 80.0], rel=0.01)
+    budgets = [step(sizer, sizer.budget_ns) / MS for _ in range(5)]
+    assert budgets == pytest.approx([2.4, 3.4, 6.0, 15.6, 64.3], rel=0.03)
+    assert step(sizer, 40 * MS) == 80 * MS
     # The backlog's sample stays the largest for N - 1 more cycles, then the budget is a little above the need.
-    assert budgets[6:10] == pytest.approx([44.0] * 4)
-    assert budgets[10:] == pytest.approx([11.0] * 2)
+    assert [step(sizer, 10 * MS) / MS for _ in range(6)] == pytest.approx([44.0] * 4 + [11.0] * 2)
 
 
-def test_a_thread_that_uses_all_it_gets_reaches_the_cap_in_seven_cycles() -> None:
+def test_a_thread_that_uses_all_it_gets_reaches_the_cap_in_six_cycles() -> None:
     sizer = Sizer(REFERENCE)
-    for _ in range(7):
+    for _ in range(6):
         step(sizer, sizer.budget_ns)
     assert sizer.budget_ns == 80 * MS
 
 
-def test_the_first_sample_never_doubles() -> None:
+def test_the_first_sample_is_growth_where_anything_was_executed() -> None:
+    """Figure 23's loop has its first turn at the attach, with nothing executed yet."""
     sizer = Sizer(REFERENCE)
-    assert step(sizer, 5 * MS) == round(5.5 * MS)
-    assert sizer.multiplier == 1
+    assert (step(sizer, 5 * MS), sizer.multiplier) == (6 * MS, 2)
+    assert (step(sizer, 5 * MS), sizer.multiplier) == (round(5.5 * MS), 1)
+    sizer = Sizer(REFERENCE)
+    assert (step(sizer, 0), sizer.multiplier) == (1 * MS, 1)
 
 
 @pytest.mark.parametrize("rule", [Rule.FAST, Rule.REFERENCE])
@@ -260,6 +262,8 @@ def test_what_was_learned_stays_under_another_window(samples: list[int], before:
 
 def test_another_period_is_the_same_share() -> None:
     sizer = Sizer(replace(REFERENCE, initial_budget_ns=20 * MS))
+    for _ in range(2):
+        step(sizer, 20 * MS)
     step(sizer, 20 * MS)
     sizer.change(sizer.config.with_period(40 * MS))
     assert sizer.budget_ns == round(8.8 * MS)
@@ -274,7 +278,7 @@ def test_another_rule_begins_where_the_old_one_was() -> None:
     never_slept(sizer)
     sizer.change(REFERENCE)
     assert sizer.budget_ns == 80 * MS
-    assert step(sizer, 10 * MS) == 11 * MS
+    assert [step(sizer, 10 * MS) for _ in range(2)] == [12 * MS, 11 * MS]
 
 
 def test_no_window_is_no_step() -> None:

@@ -16,6 +16,7 @@ WINDOW_MAX: int = lib.EH_WINDOW_MAX
 HELD: int = lib.EH_HELD
 FROZEN: int = lib.EH_FROZEN
 PHASE_SUSPECT: int = lib.EH_PHASE_SUSPECT
+PLACE_SHORT: int = lib.EH_PLACE_SHORT
 CHANGE: int = lib.EH_TODO_CHANGE
 GONE: int = lib.EH_TODO_GONE
 TAKEN: int = lib.EH_TODO_TAKEN
@@ -155,7 +156,9 @@ class HeldTable:
         row = self._rows[number]
         before = ffi.new("struct eh_rule *", row.rule)
         if rule.kind != before.kind:
-            row.due_ns = 0  # a short window is the fast rule's alone
+            row.due_ns, row.place = 0, lib.EH_PLACE_CYCLE  # a window of its own is the fast rule's alone
+        elif row.due_ns:
+            row.due_ns = max(row.due_ns, row.base_ns + rule.period_ns)  # no window is shorter than its period
         set_rule(row.rule, rule)
         lib.eh_rule_rescale(ffi.addressof(row.sizing), before, ffi.addressof(row.rule))
 
