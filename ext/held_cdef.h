@@ -28,7 +28,8 @@ struct eh_window {
 
 #define EH_PHASE_STEADY 0
 #define EH_PHASE_SUSPECT 1   /* a short window is on its way, which only looks */
-#define EH_PHASE_SATURATED 2 /* has the cap, until it has slept */
+#define EH_PHASE_SATURATED 2 /* has much more than it had, until it has slept */
+#define EH_PHASE_BEGIN 3     /* its first, short window: set by who attaches it, where there are short ones */
 
 /* A rule's state, of one thread. */
 struct eh_sizing {

@@ -18,6 +18,9 @@
 #define SUSPECT_SHARE 0.93
 #define SUSPECT_DELAY 0.05
 #define AWAKE 0.9
+#define MOSTLY_AWAKE 0.6
+/* A saturated thread gets so many times what it had, and the cap if that is less: a tiny one need not ask for it all. */
+#define JUMP 40.0
 /* More than this in a period is no measurement; thirty years. */
 #define PER_PERIOD_MAX 1e18
 /* A thread that is saturated with the cap in force for so many short windows is not seen sooner by looking oftener. */
@@ -103,13 +106,17 @@ static void reference(const struct eh_rule *rule, struct eh_sizing *sizing, uint
     sizing->wanted_ns = bounded((double)most * (1 + rule->overallocation * (double)sizing->multiplier), rule);
 }
 
+static double wakefulness(const struct eh_window *window)
+{
+    return (double)(window->executed_ns + window->run_delay_ns) / (double)window->elapsed_ns;
+}
+
 /* It was awake all the time: the closer the budget is to the whole period, the less sleep there can be in it anyway. */
 static int awake(const struct eh_rule *rule, const struct eh_window *window)
 {
     double unused = 1 - (double)window->budget_ns / (double)rule->period_ns;
-    double limit = 1 - unused / 2 > AWAKE ? 1 - unused / 2 : AWAKE;
 
-    return (double)(window->executed_ns + window->run_delay_ns) >= limit * (double)window->elapsed_ns;
+    return wakefulness(window) >= (1 - unused / 2 > AWAKE ? 1 - unused / 2 : AWAKE);
 }
 
 static int suspected(const struct eh_window *window, uint64_t executed_ns)
@@ -129,7 +136,13 @@ static int is_saturated(const struct eh_rule *rule, const struct eh_sizing *sizi
         return awake(rule, window) || window->throttled == 1;
     if ((double)executed_ns < SATURATED_SHARE * (double)window->budget_ns)
         return 0;
-    return awake(rule, window) || (window->throttled == 1 && suspected(window, executed_ns));
+    if (awake(rule, window))
+        return 1;
+    if (window->throttled != 1 || !suspected(window, executed_ns))
+        return 0;
+    /* How long it is throttled already is not counted yet. With a budget of a few ticks that can be most of a window, at
+     * the begin all of it; but a single job that ran over is throttled at times as well. */
+    return sizing->phase == EH_PHASE_BEGIN || (sizing->phase == EH_PHASE_STEADY && wakefulness(window) >= MOSTLY_AWAKE);
 }
 
 int eh_rule_asks(const struct eh_rule *rule, const struct eh_sizing *sizing, const struct eh_window *window)
@@ -139,8 +152,10 @@ int eh_rule_asks(const struct eh_rule *rule, const struct eh_sizing *sizing, con
     if (rule->kind != EH_RULE_FAST || !window->budget_ns || !window->elapsed_ns || window->throttled >= 0 ||
         window->saturated >= 0)
         return 0;
+    if (awake(rule, window) || sizing->phase == EH_PHASE_SUSPECT)
+        return 0;
     executed_ns = per_period(window->executed_ns, rule, window);
-    return (sizing->phase == EH_PHASE_SATURATED || suspected(window, executed_ns)) && !awake(rule, window);
+    return sizing->phase == EH_PHASE_SATURATED || suspected(window, executed_ns);
 }
 
 static void follow(const struct eh_rule *rule, struct eh_sizing *sizing, uint64_t executed_ns)
@@ -154,6 +169,15 @@ static void follow(const struct eh_rule *rule, struct eh_sizing *sizing, uint64_
         sizing->wanted_ns = (uint64_t)wanted;
 }
 
+static void jump(const struct eh_rule *rule, struct eh_sizing *sizing, uint64_t budget_ns)
+{
+    uint64_t wanted = bounded(JUMP * (double)budget_ns, rule);
+
+    /* Nothing limits a group whose budget is not in force yet: its own limit says nothing then. */
+    if (wanted > sizing->wanted_ns || !budget_ns)
+        sizing->wanted_ns = budget_ns ? wanted : rule->cap_ns;
+}
+
 static int fast(const struct eh_rule *rule, struct eh_sizing *sizing, const struct eh_window *window,
                 uint64_t executed_ns)
 {
@@ -164,7 +188,7 @@ static int fast(const struct eh_rule *rule, struct eh_sizing *sizing, const stru
         sizing->looks = before == EH_PHASE_SATURATED ? sizing->looks + 1 : 0;
         sizing->phase = EH_PHASE_SATURATED;
         sizing->filled = sizing->next = 0;
-        sizing->wanted_ns = rule->cap_ns;
+        jump(rule, sizing, window->budget_ns);
         return sizing->looks < LOOKS_MAX;
     }
     sizing->saturated = 0;
@@ -174,7 +198,7 @@ static int fast(const struct eh_rule *rule, struct eh_sizing *sizing, const stru
         return 0;
     follow(rule, sizing, executed_ns);
     if (window->budget_ns && suspected(window, executed_ns) &&
-        (double)window->run_delay_ns > SUSPECT_DELAY * (double)window->elapsed_ns) {
+        (window->throttled == 1 || (double)window->run_delay_ns > SUSPECT_DELAY * (double)window->elapsed_ns)) {
         sizing->phase = EH_PHASE_SUSPECT;
         return 1;
     }

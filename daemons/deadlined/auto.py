@@ -26,31 +26,27 @@ _UNKNOWN = "period unknown"
 
 
 class Periods:
-    """The task that does it."""
+    """Looks after each cycle who is to be observed; costs nothing where nobody's period is ``auto``."""
 
-    def __init__(self, monitor: Monitor, observer: Observer, *, every_s: float) -> None:
+    def __init__(self, monitor: Monitor, observer: Observer) -> None:
         self._monitor = monitor
         self._observer = observer
-        self._every_s = every_s
-        self._tries: dict[tuple[int, int], int] = {}
         self._running: dict[tuple[int, int], asyncio.Task[None]] = {}
 
-    async def run(self) -> None:
-        """For ever: begin to observe whoever can be observed."""
-        try:
-            while True:
-                await asyncio.sleep(self._every_s)
-                for one in list(self._monitor.attachments.values()):
-                    if one.policy.period_ns == "auto" and not one.suspended:
-                        self._begin(one)
-                for key in [key for key, task in self._running.items() if task.done()]:
-                    self._running.pop(key).result()
-                known = {thread.key for one in self._monitor.attachments.values() for thread in one.threads.values()}
-                self._tries = {key: tries for key, tries in self._tries.items() if key in known}
-        finally:
-            for task in self._running.values():
-                task.cancel()
-            await asyncio.gather(*self._running.values(), return_exceptions=True)
+    def look(self) -> None:
+        """Begin to observe whoever can be observed. Raises what an observation that should not fail failed with."""
+        for key in [key for key, task in self._running.items() if task.done()]:
+            self._running.pop(key).result()
+        for one in self._monitor.auto.values():
+            if not one.suspended:
+                self._begin(one)
+
+    async def close(self) -> None:
+        """Give everything up."""
+        running, self._running = self._running, {}
+        for task in running.values():
+            task.cancel()
+        await asyncio.gather(*running.values(), return_exceptions=True)
 
     def _begin(self, one: Attached) -> None:
         for thread in one.threads.values():
@@ -91,8 +87,8 @@ class Periods:
     def _unknown(self, thread: Thread, why: str, *, last: bool = False) -> None:
         if thread.period_origin is not PeriodOrigin.OBSERVING:
             return  # its policy was changed meanwhile
-        tries = self._tries[thread.key] = self._tries.get(thread.key, 0) + 1
-        if last or tries >= _TRIES:
+        thread.tries += 1
+        if last or thread.tries >= _TRIES:
             thread.period_origin = PeriodOrigin.UNKNOWN
             log.info("thread %d (%s): its period is unknown: %s", thread.tid, thread.name, why)
         thread.reason = thread.reason or f"{_UNKNOWN}: {why}"

@@ -6,6 +6,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 # A younger result of the capacity probe is as good as a new one.
 _PROBE_KEPT_NS = NS_PER_S
+_LAST_BIT_NS = 2 * NS_PER_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class Engine:
             max_threads=max_threads,
             deny=deny,
         )
-        self.periods = Periods(self.monitor, Observer(clock=clock), every_s=cycle_ms / 1000)
+        self.periods = Periods(self.monitor, Observer(clock=clock))
 
     def recover(self) -> Recovered:
         """Put right what a killed predecessor left behind. Raises `EdgeholdError`."""
@@ -110,11 +112,10 @@ class Engine:
         self._soon.set()
 
     async def run(self, *, after_cycle: Callable[[], None]) -> None:
-        """For ever: cycles, the capacity's probe, periods."""
+        """For ever: cycles, and the capacity's probe."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.cycles(after_cycle), name="cycles")
             tasks.create_task(self.measure(), name="capacity")
-            tasks.create_task(self.periods.run(), name="periods")
 
     async def cycles(self, after_cycle: Callable[[], None] = lambda: None) -> None:
         """For ever: a cycle at each multiple of T since the start, short windows in between when they end.
@@ -122,39 +123,54 @@ class Engine:
         A cycle that comes too late leaves out what it missed.
         """
         due = self.clock.monotonic_ns() + self._cycle_ns
-        while True:
-            self._soon.clear()
-            short_ns = self.monitor.next_due_ns
-            await self._sleep_until(min(due, short_ns) if short_ns else due)
-            begin = self.clock.monotonic_ns()
-            if begin < due:
-                if (short_ns := self.monitor.next_due_ns) and begin >= short_ns:
+        try:
+            while True:
+                self._soon.clear()
+                short_ns = self.monitor.next_due_ns
+                await self._sleep_until(min(due, short_ns) if short_ns else due)
+                begin = self.clock.monotonic_ns()
+                if begin >= due:
+                    due = self._cycle(begin, due, after_cycle)
+                elif (short_ns := self.monitor.next_due_ns) and begin >= short_ns:
                     self.monitor.short()
-                continue
-            self.ceilings.refresh(begin, self.monitor.tids())
-            self.monitor.grants.limits = self.ceilings.limits()
-            self.monitor.cycle()
-            after_cycle()
-            if self.guard is not None:
-                self.guard.check()
-            if self.monitor.grants.probe_wanted():
-                self._measure.set()
-            self.last_cycle_ns = self.clock.monotonic_ns()
-            self.metrics.busy.inc((self.last_cycle_ns - begin) / NS_PER_S)
-            due += self._cycle_ns
-            if (missed := (self.last_cycle_ns - due) // self._cycle_ns + 1) > 0:
-                self.metrics.overruns.inc(missed)
-                due += missed * self._cycle_ns
+        finally:
+            await self.periods.close()
+
+    def _cycle(self, begin: int, due: int, after_cycle: Callable[[], None]) -> int:
+        """One cycle, and when the next one is due."""
+        self.ceilings.refresh(begin, self.monitor.tids())
+        self.monitor.grants.limits = self.ceilings.limits()
+        self.monitor.cycle()
+        self.periods.look()
+        after_cycle()
+        if self.guard is not None:
+            self.guard.check()
+        if self.monitor.grants.probe_wanted():
+            self._measure.set()
+        self.last_cycle_ns = self.clock.monotonic_ns()
+        self.metrics.busy.inc((self.last_cycle_ns - begin) / NS_PER_S)
+        due += self._cycle_ns
+        if (missed := (self.last_cycle_ns - due) // self._cycle_ns + 1) > 0:
+            self.metrics.overruns.inc(missed)
+            due += missed * self._cycle_ns
+        return due
 
     async def _sleep_until(self, due_ns: int) -> None:
-        """Until then, or until a window begins that ends earlier."""
-        left = (due_ns - self.clock.monotonic_ns()) / NS_PER_S
-        if left <= 0:
+        """Until then, or until a window begins that ends earlier.
+
+        The loop's timers are of whole milliseconds and late by one (epoll_wait(2)): the last bit is slept through.
+        """
+        left_ns = due_ns - self.clock.monotonic_ns()
+        if left_ns > _LAST_BIT_NS:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout((left_ns - _LAST_BIT_NS) / NS_PER_S):
+                    await self._soon.wait()
+                    return
+        else:
             await asyncio.sleep(0)
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(left):
-                await self._soon.wait()
+        left_ns = due_ns - self.clock.monotonic_ns()
+        if 0 < left_ns <= _LAST_BIT_NS:
+            time.sleep(left_ns / NS_PER_S)  # noqa: ASYNC251 - on purpose: nothing else may come in between
 
     async def measure(self) -> None:
         """For ever: probe the capacity when the monitor wants to know it."""

@@ -30,6 +30,8 @@ _LEAST_CHANGE_NS = 1000
 _SETTLED_NS = 2 * NS_PER_S
 # While not everybody has what he wants: others on the host may have given something up.
 _PROBE_AGAIN_NS = 30 * NS_PER_S
+# Who does not fit at all asks again so seldom: each time everybody's share is worked out anew.
+_TRY_AGAIN_NS = 2 * NS_PER_S
 _TELL_AGAIN_NS = 60 * NS_PER_S
 _MESSAGE_FULL = "2f6d9f7a61a74ef2b7d1a4c85f3b9e03"
 
@@ -100,6 +102,8 @@ class Grants:
         self._refused = False
         self._again: dict[Thread, Entry] = {}
         """Whose last change was refused."""
+        self._stale = False
+        """What is wanted, or what there is, has changed since the last `apply`."""
         self._kept_to: Sequence[Limit] = ()
         """The limits as the last `apply` kept to them."""
 
@@ -108,11 +112,13 @@ class Grants:
         thread = entry.thread
         takes_part = thread.state is ThreadState.HELD or thread.try_at_ns is not None
         wanted = entry.wanted_ns / thread.config.period_ns if takes_part else 0.0
-        self.wanted += wanted - entry.thread.counted
-        entry.thread.counted = wanted
+        self._stale |= wanted != thread.counted
+        self.wanted += wanted - thread.counted
+        thread.counted = wanted
 
     def without(self, thread: Thread) -> None:
         """This thread takes part no more."""
+        self._stale |= bool(thread.counted)
         self.wanted -= thread.counted
         thread.counted = 0.0
         self._again.pop(thread, None)
@@ -123,6 +129,7 @@ class Grants:
         if total is not None:
             # Two steps of the probe for its rounding; one more so that the next probe finds something at all.
             self.total = max(total - 3 * capacity.RESOLUTION, 0.0)
+            self._stale = True
         else:
             self._probe_at_ns = self._clock.monotonic_ns() + _PROBE_AGAIN_NS
 
@@ -143,7 +150,8 @@ class Grants:
     @property
     def pending(self) -> bool:
         """Whether there is something to `apply` even if no thread's need has changed."""
-        return self.crowded or self.compressed or bool(self._again) or self.limits != self._kept_to
+        unshared = self._stale and (self.crowded or self.compressed)
+        return unshared or bool(self._again) or self.limits != self._kept_to
 
     def apply(self, changed: Iterable[Entry]) -> dict[int, EdgeholdError]:
         """Set what has changed, or all anew where it is crowded. Returns why a waiting thread could not be taken in.
@@ -154,7 +162,7 @@ class Grants:
         for thread in self._again:
             thread.reason = ""  # told anew where it is refused anew
         self._again = {}
-        self._refused = False
+        self._refused = self._stale = False
         self.lost = []
         if not (self.crowded or self.compressed or self.limits or self._kept_to):
             refused = self._set([(one, one.wanted_ns) for one in entries.values()])
@@ -237,6 +245,7 @@ class Grants:
     def _enter(self, entry: Entry, budget_ns: int) -> EdgeholdError | None:
         thread = entry.thread
         if budget_ns < min(thread.config.min_budget_ns, entry.wanted_ns):
+            thread.try_at_ns = self._clock.monotonic_ns() + _TRY_AGAIN_NS
             thread.reason = "not even its smallest budget fits beside the others; it waits until one of them leaves"
             return NoCapacityError(thread.reason)
         error = self._holder.enter(thread, entry.attached, budget_ns)

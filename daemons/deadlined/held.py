@@ -54,6 +54,8 @@ class Thread:
     """How often in a row the kernel left it throttled."""
     period_origin: PeriodOrigin = PeriodOrigin.GIVEN
     confidence: float = 0.0
+    tries: int = 0
+    """How often its period was looked for in vain."""
 
     @property
     def key(self) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from edgehold.api.deadlined import Rule, ThreadState
 from edgehold.clock import NS_PER_S, Clock
 from edgehold.errors import BadStateError, EdgeholdError, FailedError
 from edgehold.kernel import procfs, sched
-from edgehold.kernel.native_held import FROZEN, HELD, PHASE_SUSPECT, PLACE_SHORT, HeldTable
+from edgehold.kernel.native_held import FROZEN, HELD, PHASE_BEGIN, PLACE_SHORT, HeldTable
 from edgehold.kernel.procfs import GoneError
 from edgehold.kernel.sched import Policy, SchedAttr
 
@@ -169,7 +169,7 @@ class Holder:
         thread.entered_ns = now
         if flags & HELD and self._short_ns and thread.config.rule is Rule.FAST:
             # The first window is a short look: a first budget that is far too small is seen at once.
-            cells.sizing.phase = PHASE_SUSPECT
+            cells.sizing.phase = PHASE_BEGIN
             cells.place = PLACE_SHORT
             cells.due_ns = now + max(self._short_ns, thread.config.period_ns)
             self.table.expect(cells.due_ns)

@@ -57,6 +57,9 @@ class Monitor:
         self.groups = groups
         self._owners: dict[int, Attached] = {}
         self._tids: frozenset[int] | None = None
+        self._targets: dict[Target, Attached] = {}
+        self.auto: dict[int, Attached] = {}
+        """Whose threads' periods are to be found."""
         self._polled: dict[int, Attached] = {}
         """Whose source must be asked in every cycle; a single thread's end is noticed by the sampler."""
         self._waiting: dict[int, Attached] = {}
@@ -77,6 +80,10 @@ class Monitor:
     def owner(self, tid: int) -> Attached | None:
         """The attachment that has this thread."""
         return self._owners.get(tid)
+
+    def of_target(self, target: Target) -> Attached | None:
+        """The attachment that has this target."""
+        return self._targets.get(target)
 
     def tids(self) -> frozenset[int]:
         """Every thread that an attachment has; the same object while nothing changed."""
@@ -114,6 +121,7 @@ class Monitor:
             id=number, target=target, policy=policy, config=rule_config(policy), source=source, begun=self.cycles
         )
         self.attachments[number] = one
+        self._targets[target] = one
         try:
             refused = self.follow(one, source)
         except BaseException:
@@ -129,6 +137,8 @@ class Monitor:
         """Take an attachment's threads from this source from now on. Returns and raises as `adopt`."""
         one.source = source
         one.suspended = source.suspended
+        if one.policy.period_ns == "auto":
+            self.auto[one.id] = one
         if isinstance(source, ThreadSource):
             self._polled.pop(one.id, None)
         else:
@@ -151,19 +161,24 @@ class Monitor:
 
     def _forget(self, one: Attached) -> None:
         del self.attachments[one.id]
+        self._targets.pop(one.target, None)
         self._polled.pop(one.id, None)
+        self.auto.pop(one.id, None)
         self._waiting.pop(one.id, None)
 
     def change(self, one: Attached, policy: Policy) -> None:
         """Size an attachment's budgets by another policy from now on; what was learned stays."""
         auto = policy.period_ns == "auto" and one.policy.period_ns == "auto"
         one.policy, one.config = policy, rule_config(policy)
+        self.auto.pop(one.id, None)
+        if policy.period_ns == "auto":
+            self.auto[one.id] = one
         changed: list[Entry] = []
         for thread in list(one.threads.values()):
             kept = auto and thread.period_origin is PeriodOrigin.INFERRED
             config = one.config.with_period(thread.config.period_ns) if kept else one.config
             if not kept:
-                thread.period_origin, thread.confidence = _origin(policy), 0.0
+                thread.period_origin, thread.confidence, thread.tries = _origin(policy), 0.0, 0
             with contextlib.suppress(GoneError):  # found by the next sample
                 changed += self._reconfigure(thread, one, config)
         self._settle(changed)

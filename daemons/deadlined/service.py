@@ -259,9 +259,8 @@ class Service:
             raise NoCapacityError(
                 f"{self._settings.max_attachments} targets are attached (max_attachments); detach one"
             )
-        same = [one.id for one in self.monitor.attachments.values() if one.target == target]
-        if same:
-            raise BadStateError(f"{target} is attached already, as attachment {same[0]}")
+        if (same := self.monitor.of_target(target)) is not None:
+            raise BadStateError(f"{target} is attached already, as attachment {same.id}")
         if target.kind is TargetKind.THREAD and (owner := self.monitor.owner(target.id)) is not None:
             raise BadStateError(f"thread {target.id} is held already: attachment {owner.id} has the {owner.target}")
 
@@ -309,7 +308,6 @@ async def lifespan(runtime: Runtime, settings: Settings) -> AsyncIterator[None]:
         async with serve(app, passed or _socket_path(settings), mode=socket_mode(roles)):
             runtime.spawn(service.engine.cycles(), name="cycles")
             runtime.spawn(service.engine.measure(), name="capacity")
-            runtime.spawn(service.engine.periods.run(), name="periods")
             runtime.spawn(service.vmand.run(), name="vmand")
             runtime.spawn(service.libvirt.run(), name="libvirt")
             runtime.spawn(service.units.run(), name="units")

@@ -75,7 +75,12 @@ class Model:
             return self._awake(window) or window.throttled is True
         if executed < 0.75 * window.budget_ns:
             return False
-        return self._awake(window) or (window.throttled is True and executed >= 0.93 * window.budget_ns)
+        if self._awake(window):
+            return True
+        if not window.throttled or executed < 0.93 * window.budget_ns:
+            return False
+        mostly = window.executed_ns + window.run_delay_ns >= 0.6 * window.elapsed_ns
+        return self._phase == "begin" or (self._phase == "steady" and mostly)
 
     def _fast(self, window: Window, executed: int) -> None:
         before = self._phase
@@ -84,7 +89,8 @@ class Model:
             self._looks = self._looks + 1 if before == "saturated" else 0
             self._phase = "saturated"
             self._samples.clear()
-            self.wanted_ns = self.config.max_budget_ns
+            wanted = self._bounded(40 * window.budget_ns) if window.budget_ns else self.config.max_budget_ns
+            self.wanted_ns = max(self.wanted_ns, wanted)
             self.again = self._looks < 10
             return
         self._phase = "steady"
@@ -95,6 +101,7 @@ class Model:
         wanted = self._bounded(max(self._samples) * (1 + over))
         if wanted > self.wanted_ns * (1 + min(over / 4, 0.05)) or wanted < self.wanted_ns * 0.95:
             self.wanted_ns = wanted
-        suspected = executed >= 0.93 * window.budget_ns and window.run_delay_ns > 0.05 * window.elapsed_ns
+        waited = bool(window.throttled) or window.run_delay_ns > 0.05 * window.elapsed_ns
+        suspected = executed >= 0.93 * window.budget_ns and waited
         if window.budget_ns and suspected:
             self._phase, self.again = "suspect", True

@@ -180,6 +180,26 @@ def test_a_saturated_thread_has_a_short_window_next(table: HeldTable, records: R
     assert (other.row(row).due_ns, other.next_due_ns) == (0, 0)
 
 
+def test_a_thread_is_sized_by_whole_periods_after_its_short_windows(table: HeldTable, records: Records) -> None:
+    """The rest between a short window and the next cycle is no multiple of anything: nobody is sized by it."""
+    row = add(table)
+    history = []
+    for at_ms, executed_ms, waited_ms in (
+        (500, 50, 450),  # a cycle: saturated
+        (700, 150, 450),  # its short window, which ends late: it slept
+        (1000, 220, 450),  # a cycle in the middle of its own window
+        (1200, 200, 450),  # its own window: 10 ms in each 100
+        (1500, 290, 450),  # where its first one with the cycle begins
+        (2000, 345, 450),  # 11 ms
+    ):
+        records.put(executed_ns=executed_ms * MS, run_delay_ns=waited_ms * MS)
+        records.run(S + at_ms * MS)
+        history.append((table.row(row).windows, table.row(row).sizing.wanted_ns // MS))
+    assert history == [(1, 80), (2, 80), (2, 80), (3, 11), (3, 11), (4, 12)]
+    assert [one.elapsed_ns // MS for one in table.history(7, most=9)] == [500, 200, 500, 500]
+    assert table.next_due_ns == 0
+
+
 def test_a_longer_period_moves_the_end_of_a_short_window(table: HeldTable, records: Records) -> None:
     """Or the caller, who is told of a time that is past, would come again and again until the period is over."""
     row = add(table)

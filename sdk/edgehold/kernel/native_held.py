@@ -16,6 +16,7 @@ WINDOW_MAX: int = lib.EH_WINDOW_MAX
 HELD: int = lib.EH_HELD
 FROZEN: int = lib.EH_FROZEN
 PHASE_SUSPECT: int = lib.EH_PHASE_SUSPECT
+PHASE_BEGIN: int = lib.EH_PHASE_BEGIN
 PLACE_SHORT: int = lib.EH_PLACE_SHORT
 CHANGE: int = lib.EH_TODO_CHANGE
 GONE: int = lib.EH_TODO_GONE
@@ -108,7 +109,8 @@ class HeldTable:
         self._free: list[int] = []
         self._rows: Any = ffi.NULL
         self._todo: Any = ffi.NULL
-        self._samples = ffi.new("struct eh_sample[]", history)
+        # Not cleared: pages that no sample was written to take no memory.
+        self._samples = ffi.new_allocator(should_clear_after_alloc=False)("struct eh_sample[]", history)
         self._pass = ffi.new("struct eh_pass *")
         self._pass.history = self._samples
         self._pass.history_size = history
