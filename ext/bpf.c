@@ -139,7 +139,7 @@ static void assemble(struct program *program, const struct eh_layout *layout)
     emit_copy(program, &field[EH_TASK_RUN_DELAY], 8, offsetof(struct eh_task, run_delay_ns));
     emit_copy(program, &field[EH_TASK_TIMESLICES], 8, offsetof(struct eh_task, timeslices));
     emit_copy(program, &field[EH_TASK_DL_RUNTIME], 8, offsetof(struct eh_task, dl_runtime_ns));
-    emit_copy(program, &field[EH_TASK_DL_DEADLINE], 8, offsetof(struct eh_task, dl_deadline_ns));
+    emit_copy(program, &field[EH_TASK_DL_PERIOD], 8, offsetof(struct eh_task, period_ns));
     field = &field[EH_TASK_DL_THROTTLED];
     if (field->bits != 0) {
         emit_load(program, BPF_REG_1, BPF_REG_6, field->bytes, field->offset);

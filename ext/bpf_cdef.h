@@ -2,7 +2,7 @@
 
 /*
  * One thread in SCHED_DEADLINE. executed, run_delay and timeslices are those of its schedstat file; dl_runtime and
- * dl_deadline (of the scheduler's own clock) are what is left of its budget and until when.
+ * period are what is left of its budget, and how often it gets one.
  */
 struct eh_task {
     int32_t tid;                /* as the initial pid namespace has it */
@@ -12,7 +12,7 @@ struct eh_task {
     uint64_t run_delay_ns;
     uint64_t timeslices;
     int64_t dl_runtime_ns; /* 0 or less: used up; as old as the last tick */
-    uint64_t dl_deadline_ns;
+    uint64_t period_ns;
     uint32_t throttled; /* 0 or 1; always 0 without EH_BPF_THROTTLED */
     uint32_t reserved;
 };

@@ -304,7 +304,7 @@ static const struct {
     [EH_TASK_RUN_DELAY] = {"sched_info.run_delay", NULL, 8, false},
     [EH_TASK_TIMESLICES] = {"sched_info.pcount", NULL, 8, false},
     [EH_TASK_DL_RUNTIME] = {"dl.runtime", NULL, 8, false},
-    [EH_TASK_DL_DEADLINE] = {"dl.deadline", NULL, 8, false},
+    [EH_TASK_DL_PERIOD] = {"dl.dl_period", NULL, 8, false},
     [EH_TASK_DL_THROTTLED] = {"dl.dl_throttled", NULL, 0, true},
 };
 static_assert(sizeof(FIELDS) / sizeof(FIELDS[0]) == EH_TASK_FIELDS, "a row for each field");

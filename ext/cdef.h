@@ -38,5 +38,8 @@ int eh_sched_leave(int32_t tid, int stat_fd, const struct eh_sched_attr *if_asle
                    const struct eh_sched_attr *wanted, struct eh_left *left);
 /* Reads n schedstat files through descriptors that the caller keeps. Returns how many could not be read. */
 int eh_schedstat_read(const int *fds, struct eh_schedstat *out, int n);
+/* A timer as a descriptor (timerfd_create(2)), which becomes readable at a time of CLOCK_MONOTONIC; 0: never. */
+int eh_timer_open(void);
+int eh_timer_set(int fd, uint64_t at_ns);
 /* The calling thread's memory policy (set_mempolicy(2)): mode with one node, or with none where node is negative. */
 int eh_set_mempolicy(int mode, int node);

@@ -129,6 +129,8 @@ static uint32_t look(const struct eh_held *row, const struct eh_pass *pass, int 
 
             if (task->state & STATE_ENDED)
                 return EH_TODO_GONE;
+            if (task->period_ns != row->rule.period_ns)
+                return EH_TODO_TAKEN;
             /* Not every kernel tells `throttled`; one that wants to run and has nothing left is, or will be at the tick. */
             *seen = (struct seen){task->executed_ns, task->run_delay_ns,
                                   task->throttled || (task->state == STATE_RUNNING && task->dl_runtime_ns <= 0),
@@ -300,7 +302,7 @@ int eh_pass(struct eh_held *table, int rows, struct eh_pass *pass, struct eh_tod
                 if (!by_record)
                     now = now_ns();
                 row->sampled_ns = now;
-                what = watch(row, &seen, now) | check(row, now);
+                what = watch(row, &seen, now) | (by_record ? 0 : check(row, now));
                 row->executed_total_ns = seen.executed_ns;
                 row->run_delay_total_ns = seen.run_delay_ns;
                 if (row->flags & EH_FROZEN) {

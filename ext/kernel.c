@@ -10,6 +10,7 @@
 #include <stddef.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -141,4 +142,20 @@ int eh_schedstat_read(const int *fds, struct eh_schedstat *out, int n)
         failed += out[i].error != 0;
     }
     return failed;
+}
+
+int eh_timer_open(void)
+{
+    int fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+
+    return fd < 0 ? -errno : fd;
+}
+
+int eh_timer_set(int fd, uint64_t at_ns)
+{
+    const struct itimerspec at = {
+        .it_value = {.tv_sec = (time_t)(at_ns / 1000000000u), .tv_nsec = (long)(at_ns % 1000000000u)},
+    };
+
+    return timerfd_settime(fd, TFD_TIMER_ABSTIME, &at, NULL) == 0 ? 0 : -errno;
 }

@@ -50,8 +50,9 @@ class Periods:
 
     def _begin(self, one: Attached) -> None:
         for thread in one.threads.values():
-            ready = thread.row >= 0 and thread.cells.windows >= 1 and not thread.cells.sizing.saturated
-            if thread.period_origin is PeriodOrigin.OBSERVING and ready and thread.key not in self._running:
+            if thread.period_origin is not PeriodOrigin.OBSERVING or thread.key in self._running:
+                continue
+            if thread.row >= 0 and thread.cells.windows >= 1 and not thread.cells.sizing.saturated:
                 self._running[thread.key] = asyncio.create_task(self._observe(one, thread), name="period")
 
     async def _observe(self, one: Attached, thread: Thread) -> None:

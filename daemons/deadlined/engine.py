@@ -6,7 +6,6 @@
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,12 @@ from edgehold.kernel import capacity, procfs
 from edgehold.kernel.births import Births
 from edgehold.kernel.capacity import Found
 from edgehold.kernel.native_held import HeldTable
+from edgehold.kernel.timer import Timer
 
 log = logging.getLogger(__name__)
 
 # A younger result of the capacity probe is as good as a new one.
 _PROBE_KEPT_NS = NS_PER_S
-_LAST_BIT_NS = 2 * NS_PER_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class Engine:
         """
         self.clock = clock
         self._cycle_ns, short_ns = cycle_ms * NS_PER_MS, fast_cycle_ms * NS_PER_MS
-        self._soon = asyncio.Event()
+        self._timer: Timer | None = None
         self._measure = asyncio.Event()
         self.probing = asyncio.Lock()
         """A probe takes the host's bandwidth for some milliseconds; an attach in that moment would be refused."""
@@ -109,7 +108,8 @@ class Engine:
 
     def soon(self) -> None:
         """Something was attached: a window may end earlier than the cycle's task thinks."""
-        self._soon.set()
+        if self._timer is not None:
+            self._timer.wake()
 
     async def run(self, *, after_cycle: Callable[[], None]) -> None:
         """For ever: cycles, and the capacity's probe."""
@@ -124,16 +124,17 @@ class Engine:
         """
         due = self.clock.monotonic_ns() + self._cycle_ns
         try:
-            while True:
-                self._soon.clear()
-                short_ns = self.monitor.next_due_ns
-                await self._sleep_until(min(due, short_ns) if short_ns else due)
-                begin = self.clock.monotonic_ns()
-                if begin >= due:
-                    due = self._cycle(begin, due, after_cycle)
-                elif (short_ns := self.monitor.next_due_ns) and begin >= short_ns:
-                    self.monitor.short()
+            with Timer() as self._timer:
+                while True:
+                    short_ns = self.monitor.next_due_ns
+                    await self._timer.wait_until(min(due, short_ns) if short_ns else due)
+                    begin = self.clock.monotonic_ns()
+                    if begin >= due:
+                        due = self._cycle(begin, due, after_cycle)
+                    elif (short_ns := self.monitor.next_due_ns) and begin >= short_ns:
+                        self.monitor.short()
         finally:
+            self._timer = None
             await self.periods.close()
 
     def _cycle(self, begin: int, due: int, after_cycle: Callable[[], None]) -> int:
@@ -154,23 +155,6 @@ class Engine:
             self.metrics.overruns.inc(missed)
             due += missed * self._cycle_ns
         return due
-
-    async def _sleep_until(self, due_ns: int) -> None:
-        """Until then, or until a window begins that ends earlier.
-
-        The loop's timers are of whole milliseconds and late by one (epoll_wait(2)): the last bit is slept through.
-        """
-        left_ns = due_ns - self.clock.monotonic_ns()
-        if left_ns > _LAST_BIT_NS:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout((left_ns - _LAST_BIT_NS) / NS_PER_S):
-                    await self._soon.wait()
-                    return
-        else:
-            await asyncio.sleep(0)
-        left_ns = due_ns - self.clock.monotonic_ns()
-        if 0 < left_ns <= _LAST_BIT_NS:
-            time.sleep(left_ns / NS_PER_S)  # noqa: ASYNC251 - on purpose: nothing else may come in between
 
     async def measure(self) -> None:
         """For ever: probe the capacity when the monitor wants to know it."""

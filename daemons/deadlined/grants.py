@@ -210,7 +210,7 @@ class Grants:
                 whole, self.total, extra={"message_id": _MESSAGE_FULL},
             )  # fmt: skip
         if self.compressed or before:
-            self._tell_at_ns = now + _TELL_AGAIN_NS  # not each time that somebody's need goes to and fro
+            self._tell_at_ns = now + _TELL_AGAIN_NS  # not each time that somebody's need rises and falls
 
     def _set(self, wanted: list[tuple[Entry, int]]) -> dict[int, EdgeholdError]:
         refused: dict[int, EdgeholdError] = {}

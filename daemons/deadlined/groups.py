@@ -169,6 +169,7 @@ class Groups:
         if held.group is None:
             if held.source.here and not held.left_alone:
                 self._open(held)
+                held.reason = ""
             return
         now = held.group.sample()
         before, period_ns = held.before or now, held.sizer.config.period_ns

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 # So many threads have as long a history as is set; with more, all share so many times that.
 FULL_HISTORIES = 64
 # Events and counters tell what changes; this only heals what they could miss.
-_RESCAN_NS = 10 * NS_PER_S
+_RESCAN_NS = 30 * NS_PER_S
 
 
 class Monitor:

@@ -15,6 +15,7 @@ import pytest
 
 from deadlined import reservation
 from deadlined.groups import Groups
+from deadlined.held import Attached, Thread
 from deadlined.holder import Holder
 from deadlined.journal import Journal
 from deadlined.metrics import Metrics
@@ -22,6 +23,7 @@ from deadlined.monitor import Monitor
 from deadlined.reservation import Left
 from deadlined.tasks import Read, Tasks
 from edgehold.api.deadlined import Policy, Target, TargetKind
+from edgehold.errors import FailedError
 from edgehold.kernel import procfs
 from edgehold.kernel.native_bpf import TaskRecords
 from edgehold.kernel.native_held import HeldTable
@@ -170,6 +172,7 @@ class Records(Tasks):
                 one.tid, one.state = tid, _ENDED if task.state == "Z" else 0 if task.state == "R" else 1
                 one.start_boottime_ns = task.start_ticks * 10 * MS
                 one.executed_ns, one.run_delay_ns = task.executed_ns, task.run_delay_ns
+                one.period_ns = task.reservation[1]
                 one.dl_runtime_ns, one.throttled = task.dl_runtime_ns, task.dl_runtime_ns <= 0
                 count += 1
         return self._records.pointer, count, self._kernel.now_ns
@@ -259,3 +262,20 @@ def core_on(
 
 SMALL = Policy(initial_budget_ns=MS)
 """Of so small a budget that all the threads of a host fit."""
+
+
+def held(core: Core, policy: Policy | None = None, *, number: int = 1, threads: int = 1) -> tuple[Thread, Attached]:
+    """An attachment of so many threads; its first one."""
+    source = Scripted(wanted=TIDS[:threads])
+    one, _ = core.monitor.adopt(number, TARGET, policy or Policy(), source)
+    return one.threads[TIDS[0]], one
+
+
+def script(one: Attached) -> Scripted:
+    assert isinstance(one.source, Scripted)
+    return one.source
+
+
+def hold_fails(_rows: object) -> None:
+    """A journal that can't be written."""
+    raise FailedError("the disk is full")

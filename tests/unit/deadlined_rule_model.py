@@ -22,7 +22,8 @@ class Window:
 class Model:
     """A rule with its state."""
 
-    def __init__(self, config: RuleConfig) -> None:
+    def __init__(self, config: RuleConfig, *, begins: bool = False) -> None:
+        """``begins``: its first window is a short one."""
         self.config = config
         self.wanted_ns = config.initial_budget_ns
         self.multiplier = 1
@@ -31,7 +32,7 @@ class Model:
         """The next window should be a short one."""
         self._largest_before = 0
         self._samples: deque[int] = deque(maxlen=config.window)
-        self._phase = "steady"
+        self._phase = "begin" if begins else "steady"
         self._looks = 0
 
     def step(self, window: Window) -> int:
@@ -73,10 +74,8 @@ class Model:
             return False
         if self._phase == "saturated":
             return self._awake(window) or window.throttled is True
-        if executed < 0.75 * window.budget_ns:
-            return False
         if self._awake(window):
-            return True
+            return executed >= 0.75 * window.budget_ns
         if not window.throttled or executed < 0.93 * window.budget_ns:
             return False
         mostly = window.executed_ns + window.run_delay_ns >= 0.6 * window.elapsed_ns

@@ -93,7 +93,7 @@ def kernel(
 
     se = btf.group("sched_entity", rows(("load", address, 0), ("sum_exec_runtime", held, 640)))
     info = btf.group("sched_info", rows(("pcount", u64, 0), ("run_delay", time, 64)))
-    bits = btf.group("", rows(("runtime", time, 64), ("deadline", time, 128)), flag=True)
+    bits = btf.group("", rows(("runtime", time, 64), ("dl_period", time, 128)), flag=True)
     dl = btf.group(
         "sched_dl_entity",
         rows(
@@ -137,7 +137,7 @@ def test_members_of_every_shape_are_found() -> None:
         "run_delay": RawField(1024 + 8, 8, 0, 64),
         "pcount": RawField(1024, 8, 0, 64),
         "dl_runtime": RawField(2048 + 24 + 8, 8, 0, 64),
-        "dl_deadline": RawField(2048 + 24 + 16, 8, 0, 64),
+        "dl_period": RawField(2048 + 24 + 16, 8, 0, 64),
         "dl_throttled": RawField(2048 + 64, 1, 3, 1),
     }
 
@@ -160,7 +160,7 @@ def test_an_older_kernel_s_state_is_found() -> None:
         ("sched_info", "sched_info.run_delay"),
         ("pcount", "sched_info.pcount"),
         ("runtime", "dl.runtime"),
-        ("deadline", "dl.deadline"),
+        ("dl_period", "dl.dl_period"),
     ],
 )
 def test_what_is_missing_or_no_number_is_named(field: str, path: str) -> None:

@@ -32,7 +32,8 @@ class World:
     """A monitor with threads, and an observer that answers what a test says, when it says so."""
 
     def __init__(self) -> None:
-        self.attachments: dict[int, Attached] = {}
+        self.auto: dict[int, Attached] = {}
+        self.number = 0
         self.table = HeldTable(history=1, cycle_ns=500 * MS, short_ns=0)
         self.observed: list[int] = []
         self.set: list[tuple[int, int]] = []
@@ -57,7 +58,8 @@ class World:
 
     def attach(self, policy: Policy = AUTO) -> Thread:
         """One thread that is held and had a window."""
-        number = len(self.attachments) + 1
+        self.number += 1
+        number = self.number
         config = rule_config(policy)
         one = Attached(id=number, target=TARGET, policy=policy, config=config, source=PendingSource(TARGET), begun=0)
         thread = Thread(2**30 + number, 1, "x", config, self.table)
@@ -68,7 +70,8 @@ class World:
         )
         thread.cells.windows = 1
         one.threads[thread.tid] = thread
-        self.attachments[number] = one
+        if policy.period_ns == "auto":
+            self.auto[number] = one
         return thread
 
     async def turns(self, number: int = 20) -> None:
@@ -86,13 +89,20 @@ async def until(condition: Callable[[], object]) -> None:
 @pytest_asyncio.fixture
 async def world() -> AsyncIterator[World]:
     one = World()
-    periods = Periods(cast("Monitor", one), cast("Observer", one), every_s=0.001)
-    task = asyncio.create_task(periods.run())
+    periods = Periods(cast("Monitor", one), cast("Observer", one))
+
+    async def cycles() -> None:
+        while True:
+            await asyncio.sleep(0.001)
+            periods.look()
+
+    task = asyncio.create_task(cycles())
     yield one
     assert not task.done(), task
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    await periods.close()
 
 
 async def test_a_clear_period_is_set_and_marked(world: World) -> None:
@@ -118,7 +128,7 @@ async def test_who_is_not_looked_at(world: World) -> None:
         elif number == 2:
             thread.cells.sizing.saturated = 1
         else:
-            world.attachments[5].suspended = True
+            world.auto[5].suspended = True
     await world.turns()
     assert world.observed == []
 
@@ -206,7 +216,7 @@ async def test_an_answer_that_comes_too_late_changes_nothing(world: World) -> No
     also, left = world.attach(), world.attach()
     await until(lambda: len(world.observed) == 3)
     also.period_origin = PeriodOrigin.GIVEN
-    del world.attachments[3].threads[left.tid]
+    del world.auto[3].threads[left.tid]
     for answer in (Inference(40 * MS, confidence=1.0), DeniedError("CAP_PERFMON"), Inference(40 * MS, confidence=1.0)):
         world.answers.put_nowait(answer)
     await until(world.answers.empty)

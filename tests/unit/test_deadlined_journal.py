@@ -94,7 +94,8 @@ def test_a_journal_that_is_only_locked_is_kept(tmp_path: Path, monkeypatch: pyte
     first.hold([ROW])
     first.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "journal.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")  # whoever only writes locks no reader out
+        other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(FailedError, match="locked"):
             Journal(tmp_path, boot_id="a")
         other.execute("ROLLBACK")

@@ -1,36 +1,37 @@
-"""The monitor, the holder and the service where something goes wrong, or happens in the middle: no descriptor, no disk,
-a thread that ends or is taken, a change that is refused. The kernel is one that the test steers (`deadlined_kernel`).
+"""The monitor and the holder where something goes wrong: no descriptor, no disk, a thread that ends or is taken at any
+step. The kernel is one that the test steers (`deadlined_kernel`).
 """
 
-import asyncio
 import errno
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from deadlined import reservation, watchdog
-from deadlined.config import Settings
 from deadlined.held import Attached, Thread
-from deadlined.service import Service
 from deadlined.targets import ThreadSource
-from edgehold.api.deadlined import (
-    AttachRequest,
-    PeriodOrigin,
-    Policy,
-    Rule,
-    Target,
-    TargetKind,
-    ThreadState,
-)
+from edgehold.api.deadlined import Policy, ThreadState
 from edgehold.errors import FailedError, NoCapacityError
-from edgehold.kernel import capacity, procfs
-from edgehold.kernel.native_held import FROZEN, RawSample
+from edgehold.kernel import procfs
+from edgehold.kernel.native_held import RawSample
 from edgehold.kernel.procfs import GoneError, ThreadStat
-from edgehold.service import Runtime
-from tests.unit.deadlined_kernel import EMPTY, MS, SMALL, TARGET, TIDS, Core, S, Scripted, Task, core_on
+from tests.unit.deadlined_kernel import (
+    EMPTY,
+    MS,
+    SMALL,
+    TARGET,
+    TIDS,
+    Core,
+    S,
+    Scripted,
+    Task,
+    core_on,
+    held,
+    hold_fails,
+    script,
+)
 
 EIO = OSError(errno.EIO, "Input/output error")
 EPERM = OSError(errno.EPERM, "Operation not permitted")
@@ -40,22 +41,6 @@ EPERM = OSError(errno.EPERM, "Operation not permitted")
 def core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Core]:
     with core_on(tmp_path, monkeypatch) as one:
         yield one
-
-
-def held(core: Core, policy: Policy | None = None, *, number: int = 1, threads: int = 1) -> tuple[Thread, Attached]:
-    """An attachment of so many threads; its first one."""
-    source = Scripted(wanted=TIDS[:threads])
-    one, _ = core.monitor.adopt(number, TARGET, policy or Policy(), source)
-    return one.threads[TIDS[0]], one
-
-
-def script(one: Attached) -> Scripted:
-    assert isinstance(one.source, Scripted)
-    return one.source
-
-
-def hold_fails(_rows: object) -> None:
-    raise FailedError("the disk is full")
 
 
 def test_it_holds_sizes_and_gives_back(core: Core) -> None:
@@ -235,93 +220,6 @@ def test_a_row_that_can_t_be_erased_stops_nobody(
     core.holder.prune()
 
 
-def test_a_thread_that_is_dropped_while_its_guest_wakes_up_is_not_entered_again(core: Core) -> None:
-    """A suspended guest is resumed and loses a vCPU in one cycle: what was to be set for it must not be set."""
-    core.kernel.refused[TIDS[1]] = EPERM
-    thread, one = held(core, threads=3)
-    waiting = one.threads[TIDS[1]]
-    source = script(one)
-    source.suspended = True
-    core.cycle()
-    assert thread.budget_ns == 1 * MS
-    source.suspended = False
-    source.wanted = TIDS[2:3]
-    waiting.try_at_ns = 0
-    core.kernel.refused.clear()
-    core.kernel.calls.clear()
-    for _ in range(3):
-        core.cycle(executed_ms=9)
-    assert core.kernel.calls == [("leave", thread.tid), ("enter", TIDS[2])]
-    assert core.kernel.tasks[waiting.tid].reservation is None
-    core.monitor.release(one)
-    core.nothing_is_left()
-
-
-def test_a_suspended_guest_keeps_what_was_learned(core: Core) -> None:
-    thread, one = held(core)
-    for _ in range(6):
-        core.cycle(executed_ms=20)
-    script(one).suspended = True
-    for _ in range(20):
-        core.cycle(executed_ms=0)
-    assert (thread.budget_ns, thread.wanted_ns) == (1 * MS, 22 * MS)
-    assert core.monitor.message(one).suspended
-    script(one).suspended = False
-    core.cycle()
-    assert thread.budget_ns == 22 * MS
-
-
-def test_a_guest_that_is_attached_while_it_is_suspended(core: Core) -> None:
-    one, _ = core.monitor.adopt(1, TARGET, Policy(), Scripted(wanted=TIDS[:1], suspended=True))
-    thread = one.threads[TIDS[0]]
-    for _ in range(5):
-        core.cycle()
-    assert thread.cells.flags & FROZEN
-    assert (thread.budget_ns, thread.wanted_ns) == (1 * MS, 10 * MS)
-    script(one).suspended = False
-    core.cycle()
-    assert thread.budget_ns == 10 * MS
-
-
-def test_a_suspended_guest_wakes_nobody_between_two_cycles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with core_on(tmp_path, monkeypatch, short_ns=100 * MS) as core:
-        _, one = held(core)
-        assert core.monitor.next_due_ns == core.kernel.now_ns + 100 * MS
-        script(one).suspended = True
-        core.cycle()
-        assert core.monitor.next_due_ns == 0
-        core.monitor.release(one)
-
-
-def throttle_for_ever(core: Core, thread: Thread) -> None:
-    """It wants to run and never does, until it is taken out."""
-    task = core.kernel.tasks[thread.tid]
-    task.state, task.dl_runtime_ns = "R", -5 * MS
-    for _ in range(3):
-        core.cycle()
-    task.state, task.dl_runtime_ns = "S", MS
-
-
-def state(thread: Thread) -> ThreadState:
-    return thread.state
-
-
-def test_a_stuck_thread_is_taken_out_and_attached_again_in_time(core: Core) -> None:
-    thread, one = held(core)
-    core.cycle(executed_ms=20)
-    throttle_for_ever(core, thread)
-    assert state(thread) is ThreadState.STUCK
-    assert core.kernel.calls[-1] == ("revive", thread.tid)
-    assert core.monitor.grants.wanted == pytest.approx(0)
-    core.cycle()
-    assert state(thread) is ThreadState.STUCK  # the gap
-    core.cycle(8)
-    core.cycle(executed_ms=20)
-    assert (state(thread), thread.budget_ns) == (ThreadState.HELD, 22 * MS)  # it begins with what it had
-    core.monitor.release(one)
-    core.nothing_is_left()
-
-
 def test_a_dry_run_changes_nothing_and_takes_no_part(core: Core) -> None:
     core.kernel.cpus = 0
     thread, one = held(core, Policy(dry_run=True), threads=2)
@@ -383,161 +281,6 @@ def test_a_thread_that_ends_at_any_step_of_entering_leaves_nothing(core: Core, m
         core.monitor.release(one)
 
 
-def test_a_refused_raise_is_asked_for_until_it_is_granted(core: Core) -> None:
-    """Nobody's need changes meanwhile, so nothing but the refusal is a reason to ask."""
-    thread, _ = held(core)
-    core.kernel.cpus = 0.15
-    core.cycle(executed_ms=50)
-    assert thread.budget_ns == 10 * MS
-    assert "stays at 10 ms" in thread.reason
-    core.cycle(executed_ms=50)
-    core.kernel.cpus = 1.8
-    core.cycle(executed_ms=50)
-    assert (thread.budget_ns, thread.reason) == (55 * MS, "")
-
-
-def test_a_probe_alone_shares_what_is_there(core: Core) -> None:
-    _, one = held(core, Policy(rule=Rule.FIXED, initial_budget_ns=60 * MS), threads=3)
-    assert [thread.budget_ns // MS for thread in one.threads.values()] == [60, 60, 60]
-    core.monitor.grants.measured(0.9)
-    core.cycle()
-    assert sum(thread.budget_ns for thread in one.threads.values()) <= 90 * MS
-    assert all("shared by weight" in thread.reason for thread in one.threads.values())
-
-
-def test_who_waits_is_taken_in_when_everybody_is_set_and_then_waits_no_more(core: Core) -> None:
-    core.kernel.cpus = 0.15
-    thread, one = held(core, Policy(rule=Rule.FIXED), threads=2)
-    late = one.threads[TIDS[1]]
-    assert isinstance(late, Thread)
-    assert (thread.state, late.state) == (ThreadState.HELD, ThreadState.WAITING)
-    core.monitor.grants.measured(0.15)
-    core.monitor.reconfigure(thread, one, one.config)  # everybody is set, whoever was changed
-    core.cycle()
-    assert late.state is ThreadState.HELD
-    core.cycle()
-    assert one.waiting == set()
-    assert core.kernel.held <= 0.15
-
-
-@pytest.mark.parametrize("then", list(ThreadState))
-def test_a_policy_can_be_changed_in_every_state(core: Core, then: ThreadState) -> None:
-    dry_run = then is ThreadState.WATCHED
-    if then is ThreadState.WAITING:
-        core.kernel.refused[TIDS[0]] = EPERM
-    thread, one = held(core, Policy(rule=Rule.FIXED, dry_run=dry_run))
-    if then is ThreadState.STUCK:
-        throttle_for_ever(core, thread)
-    assert state(thread) is then
-    core.monitor.change(
-        one, Policy(rule=Rule.FIXED, period_ns=50 * MS, initial_budget_ns=4 * MS, cap=0.5, dry_run=dry_run)
-    )
-    assert (thread.config.period_ns, thread.wanted_ns) == (50 * MS, 4 * MS)
-    core.kernel.refused.clear()
-    core.cycle(20)
-    core.cycle()
-    if not dry_run:
-        assert core.kernel.tasks[thread.tid].reservation == (4 * MS, 50 * MS)
-    core.monitor.release(one)
-    core.nothing_is_left()
-
-
-def test_the_budget_to_begin_with_is_the_policy_s_until_something_was_learned(core: Core) -> None:
-    core.kernel.refused[TIDS[0]] = EPERM
-    thread, one = held(core)
-    core.monitor.change(one, Policy(initial_budget_ns=30 * MS))
-    assert thread.first_ns == 30 * MS
-    core.monitor.change(one, Policy(period_ns=50 * MS, initial_budget_ns=30 * MS))
-    core.kernel.refused.clear()
-    thread.try_at_ns = 0
-    core.cycle()
-    core.cycle(executed_ms=40)
-    assert thread.budget_ns == 22 * MS  # 40 of 100 is 20 of 50
-    core.holder.revive(thread)
-    core.monitor.change(one, Policy(initial_budget_ns=5 * MS))
-    assert thread.first_ns == 44 * MS
-
-
-def test_another_period_that_is_refused_is_asked_for_again(core: Core) -> None:
-    thread, one = held(core)
-    core.kernel.refused[thread.tid] = OSError(errno.EBUSY, "Device or resource busy")
-    core.monitor.change(one, Policy(period_ns=50 * MS, initial_budget_ns=5 * MS))
-    assert "EBUSY" in thread.reason
-    assert (thread.config.period_ns, core.kernel.tasks[thread.tid].reservation) == (100 * MS, (10 * MS, 100 * MS))
-    core.cycle(executed_ms=10)
-    assert thread.state is ThreadState.HELD
-    core.kernel.refused.clear()
-    core.cycle(executed_ms=10)
-    assert core.kernel.tasks[thread.tid].reservation is not None
-    assert thread.config.period_ns == 50 * MS
-    assert (core.kernel.tasks[thread.tid].reservation or (0, 0))[1] == 50 * MS
-    assert thread.reason == ""
-    core.monitor.release(one)
-    core.nothing_is_left()
-
-
-def test_another_period_waits_for_the_journal(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
-    thread, one = held(core)
-    with monkeypatch.context() as patch:
-        patch.setattr(core.journal, "hold", hold_fails)
-        core.monitor.change(one, Policy(period_ns=50 * MS, initial_budget_ns=5 * MS))
-    assert (thread.reason, thread.config.period_ns) == ("the disk is full", 100 * MS)
-    [row] = core.journal.held()
-    assert (row.period_ns, row.also_period_ns) == (100 * MS, 0)
-    core.cycle()
-    assert thread.config.period_ns == 50 * MS
-    [row] = core.journal.held()
-    assert {row.period_ns, row.also_period_ns} == {100 * MS, 50 * MS}  # whichever it was when we were killed
-    core.monitor.release(one)
-    core.nothing_is_left()
-
-
-def test_a_later_change_stands_for_an_earlier_one_that_was_refused(core: Core) -> None:
-    thread, one = held(core)
-    core.kernel.refused[thread.tid] = OSError(errno.EBUSY, "Device or resource busy")
-    core.monitor.change(one, Policy(period_ns=50 * MS, initial_budget_ns=5 * MS))
-    core.kernel.refused.clear()
-    core.monitor.change(one, Policy(period_ns=200 * MS))
-    for _ in range(3):
-        core.cycle(executed_ms=10)
-    assert thread.config.period_ns == 200 * MS
-    # And one that left meanwhile is not asked for.
-    core.kernel.refused[thread.tid] = OSError(errno.EBUSY, "Device or resource busy")
-    core.monitor.change(one, Policy(period_ns=50 * MS, initial_budget_ns=5 * MS))
-    core.monitor.release(one)
-    core.cycle()
-    core.nothing_is_left()
-
-
-def test_a_thread_that_was_taken_is_noticed_by_a_change_too(core: Core) -> None:
-    thread, one = held(core)
-    core.kernel.tasks[thread.tid].reservation = (3 * MS, 7 * MS)
-    core.monitor.change(one, Policy(period_ns=50 * MS, initial_budget_ns=5 * MS))
-    assert (thread.state, one.waiting) == (ThreadState.WAITING, {thread.tid})
-    assert core.kernel.tasks[thread.tid].reservation == (3 * MS, 7 * MS)
-    assert core.monitor.grants.wanted == pytest.approx(0)
-    core.monitor.release(one)
-    assert core.kernel.tasks[thread.tid].reservation == (3 * MS, 7 * MS)
-
-
-def test_a_thread_that_ends_while_its_policy_changes(core: Core) -> None:
-    thread, one = held(core, threads=2)
-    core.kernel.tasks.pop(thread.tid)
-    core.monitor.change(one, Policy(period_ns=50 * MS, initial_budget_ns=5 * MS))
-    assert one.threads[TIDS[1]].config.period_ns == 50 * MS
-
-
-def test_what_was_inferred_stays_while_it_is_still_asked_for(core: Core) -> None:
-    thread, one = held(core, Policy(period_ns="auto"))
-    core.monitor.reconfigure(thread, one, one.config.with_period(40 * MS))
-    thread.period_origin, thread.confidence = PeriodOrigin.INFERRED, 0.9
-    core.monitor.change(one, Policy(period_ns="auto", cap=0.5))
-    assert (thread.config.period_ns, thread.config.cap) == (40 * MS, 0.5)
-    core.monitor.change(one, Policy())
-    assert thread.config.period_ns == 100 * MS
-    assert (thread.period_origin, thread.confidence) == (PeriodOrigin.GIVEN, 0.0)
-
-
 def test_a_thread_of_two_targets_is_the_first_one_s(core: Core) -> None:
     held(core, SMALL, threads=2)
     other, refused = core.monitor.adopt(2, TARGET, SMALL, Scripted(wanted=TIDS[:3]))
@@ -566,50 +309,6 @@ def test_many_threads_come_and_go_and_nothing_is_left(core: Core) -> None:
     assert set(one.threads) == set(source.wanted)
     core.monitor.release(one)
     core.nothing_is_left()
-
-
-@pytest_asyncio.fixture
-async def service(tmp_path: Path) -> AsyncIterator[Service]:
-    one = Service(Runtime("test"), Settings(state_dir=str(tmp_path / "state"), max_threads=1))
-    yield one
-    one.close()
-
-
-async def test_one_probe_for_all_who_ask(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    probes = 0
-
-    async def probe() -> capacity.Found:
-        nonlocal probes
-        probes += 1
-        await asyncio.sleep(0)
-        return capacity.Found(cpus=2, available=1.5, resolution=0.1)
-
-    monkeypatch.setattr(capacity, "probe_in_child", probe)
-    found = await asyncio.gather(*(service.capacity() for _ in range(20)))
-    assert {one.available for one in found} == {1.5}
-    assert probes == 1
-
-
-async def test_a_child_that_can_t_be_started_is_an_answer(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE):
-
-        async def no_child(*_values: object, number: int = number, **_names: object) -> None:
-            raise OSError(number, "can't")
-
-        monkeypatch.setattr(asyncio, "create_subprocess_exec", no_child)
-        with pytest.raises(FailedError):
-            await service.capacity()
-    assert not service.monitor.grants.probing
-
-
-async def test_an_attach_without_a_descriptor_is_an_answer(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stat(_tid: int) -> ThreadStat:
-        raise EMPTY
-
-    monkeypatch.setattr(procfs, "stat", stat)
-    with pytest.raises(FailedError, match="descriptor"):
-        await service.attach(AttachRequest(target=Target(kind=TargetKind.THREAD, id=TIDS[0])))
-    assert service.attachments() == []
 
 
 def test_a_broken_commit_is_an_answer(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from edgehold.kernel.native_held import (
     HELD,
     LOOK,
     PHASE_SUSPECT,
+    TAKEN,
     HeldTable,
     RawSample,
     RawTodo,
@@ -65,7 +66,8 @@ class Records:
     def put(self, number: int = 0, **fields: int) -> None:
         """One more thread."""
         one = self._records.pointer[self._count]
-        values = {"tid": NOBODY + number, "start_boottime_ns": 50 * MS, "dl_runtime_ns": MS, "state": 1, **fields}
+        values = {"tid": NOBODY + number, "start_boottime_ns": 50 * MS, "dl_runtime_ns": MS, "state": 1}
+        values |= {"period_ns": 100 * MS, **fields}
         for name in ("executed_ns", "run_delay_ns", "throttled"):
             setattr(one, name, values.pop(name, 0))
         for name, value in values.items():
@@ -159,7 +161,7 @@ def test_a_window_that_is_too_short_says_nothing_and_goes_on(table: HeldTable, r
 def test_no_window_is_shorter_than_its_period(table: HeldTable, records: Records) -> None:
     row = add(table, rule=replace(RULE, period_ns=2 * S).raw())
     for at_ns, windows in ((S + 500 * MS, 0), (3 * S - 1, 0), (3 * S, 1)):
-        records.put()
+        records.put(period_ns=2 * S)
         records.run(at_ns)
         assert table.row(row).windows == windows
 
@@ -205,7 +207,7 @@ def test_a_longer_period_moves_the_end_of_a_short_window(table: HeldTable, recor
     row = add(table)
     table.row(row).due_ns = S + 100 * MS
     table.change_rule(row, replace(RULE, period_ns=2 * S).raw())
-    records.put(executed_ns=MS)
+    records.put(executed_ns=MS, period_ns=2 * S)
     records.run(S + 100 * MS)
     assert table.next_due_ns == 3 * S
 
@@ -242,6 +244,12 @@ def test_who_has_ended_is_told_by_a_record_too(table: HeldTable, records: Record
     assert records.run(2 * S)[row].what == GONE
 
 
+def test_who_is_in_a_reservation_of_another_period_is_not_ours(table: HeldTable, records: Records) -> None:
+    row = add(table)
+    records.put(period_ns=99 * MS)
+    assert records.run(2 * S)[row].what == TAKEN
+
+
 def test_another_thread_of_the_same_id_is_not_taken_for_it(table: HeldTable, records: Records, ended: int) -> None:
     row = add(table, fd=ended, start_ticks=6)  # the record's began at 5
     records.put(executed_ns=100 * MS)
@@ -276,7 +284,7 @@ def test_records_that_make_no_sense_harm_nobody(table: HeldTable, records: Recor
 
 def test_a_minute_and_four_seconds_do_not_overflow(records: Records, table: HeldTable) -> None:
     row = add(table, rule=replace(RULE, period_ns=4 * S, initial_budget_ns=2 * S, min_budget_ns=S).raw())
-    records.put(executed_ns=30 * S, run_delay_ns=30 * S)
+    records.put(executed_ns=30 * S, run_delay_ns=30 * S, period_ns=4 * S)
     records.run(61 * S)
     assert (table.row(row).executed_ns, table.row(row).run_delay_ns) == (2 * S, 2 * S)
 

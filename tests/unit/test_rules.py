@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from deadlined.rules import RuleConfig, Sizer, replay, rule_config
 from edgehold.api.deadlined import Policy, Rule
 from edgehold.kernel.limits import DL_MAX_PERIOD_NS, DL_MIN_PERIOD_NS, DL_MIN_RUNTIME_NS
-from edgehold.kernel.native_held import Sizing
+from edgehold.kernel.native_held import PHASE_BEGIN, Sizing
 from tests.unit.deadlined_fake import sample
 from tests.unit.deadlined_rule_model import Model, Window
 
@@ -81,6 +81,7 @@ def test_the_first_sample_is_growth_where_anything_was_executed() -> None:
 def test_an_idle_thread_falls_to_the_floor_and_a_busy_one_stops_at_the_cap(rule: Rule) -> None:
     sizer = Sizer(replace(REFERENCE, rule=rule))
     assert step(sizer, 0) == 1 * MS
+    step(sizer, 100 * MS)  # fast: not more than forty times what it had
     assert step(sizer, 100 * MS) == 80 * MS
 
 
@@ -140,11 +141,36 @@ def test_a_budget_near_the_period_leaves_little_sleep_to_see() -> None:
     assert sizer.saturated
 
 
-def test_throttled_at_this_moment_counts_only_with_the_budget_used() -> None:
-    for c, saturated in ((9.2, False), (9.4, True)):
-        sizer = Sizer(FAST)
-        step(sizer, c * MS, throttled=True)
-        assert sizer.saturated is saturated
+@pytest.mark.parametrize(
+    ("c", "waited_ms", "first", "saturated", "again"),
+    [
+        (9.2, 70, False, False, False),  # it did not use its budget
+        (9.4, 0, False, False, True),  # a job that ran over: looked at again, and no more
+        (9.4, 40, False, False, True),
+        (9.4, 60, False, True, True),  # awake in most of the window
+        (9.4, 0, True, True, True),  # in the first window the kernel may not have counted any of its waiting
+        (9.2, 0, True, False, False),
+    ],
+)
+def test_throttled_at_this_moment(c: float, waited_ms: int, first: bool, saturated: bool, again: bool) -> None:
+    sizing = Sizing(FAST.raw(), 10 * MS)
+    sizing.state.phase = PHASE_BEGIN if first else 0
+    told = sizing.step(
+        elapsed_ns=100 * MS,
+        executed_ns=round(c * MS),
+        run_delay_ns=waited_ms * MS,
+        budget_ns=10 * MS,
+        throttled=1,
+        saturated=-1,
+    )
+    assert (bool(sizing.state.saturated), told) == (saturated, again)
+
+
+def test_a_tiny_budget_does_not_ask_for_all_of_the_host() -> None:
+    sizer = Sizer(replace(FAST, initial_budget_ns=MS))
+    assert [never_slept(sizer) for _ in range(2)] == [40 * MS, 80 * MS]
+    # What the host did not let it have is still what it wants.
+    assert step(sizer, MS // 10, run_delay_ms=99.9, budget_ns=MS // 10) == 80 * MS
 
 
 def test_a_saturated_thread_is_looked_at_ten_times_in_a_row() -> None:
@@ -195,8 +221,10 @@ steps: st.SearchStrategy[list[Drawn]] = st.lists(
 @given(data=st.data(), windows=steps)
 def test_the_rules_are_what_the_documents_say(rule: Rule, data: st.DataObject, windows: list[Drawn]) -> None:
     config = data.draw(configs(rule))
-    model = Model(config)
+    begins = rule is Rule.FAST and data.draw(st.booleans())
+    model = Model(config, begins=begins)
     sizing = Sizing(config.raw(), config.initial_budget_ns)
+    sizing.state.phase = PHASE_BEGIN if begins else 0
     for elapsed, executed, waited, throttled, saturated, limited in windows:
         # Around the budget, where the thresholds are.
         budget_ns = model.wanted_ns if limited else 0

@@ -125,6 +125,19 @@ class SchedstatBatch:
             yield RawSchedstat(executed, delay, slices, time, errno)
 
 
+def timer_open() -> int:
+    """A descriptor that becomes readable at the time that `timer_set` says (timerfd_create(2)). Raises `OSError`."""
+    if (result := lib.eh_timer_open()) < 0:
+        raise OSError(-result, f"timerfd_create: {os.strerror(-result)}")
+    return result
+
+
+def timer_set(fd: int, at_ns: int) -> None:
+    """Fire at this time of CLOCK_MONOTONIC in nanoseconds, and not before; 0: never. Raises `OSError`."""
+    if (result := lib.eh_timer_set(fd, at_ns)) < 0:
+        raise OSError(-result, f"timerfd_settime: {os.strerror(-result)}")
+
+
 def set_mempolicy(mode: int, node: int | None) -> None:
     """Set the calling thread's memory policy, with one node or none (set_mempolicy(2)). Raises `OSError`."""
     if (result := lib.eh_set_mempolicy(mode, -1 if node is None else node)) < 0:

@@ -16,7 +16,7 @@ _WHY_SIZE = 1024
 # The names of eh_layout.fields, in its order.
 _FIELDS = (
     "pid", "policy", "state", "exit_state", "start_boottime", "sum_exec_runtime", "run_delay", "pcount", "dl_runtime",
-    "dl_deadline", "dl_throttled",
+    "dl_period", "dl_throttled",
 )  # fmt: skip
 
 
@@ -33,8 +33,8 @@ class RawTask(NamedTuple):
     timeslices: int
     dl_runtime_ns: int
     """What is left of the budget, as old as the last tick; 0 and less: used up."""
-    dl_deadline_ns: int
-    """On the scheduler's own clock."""
+    period_ns: int
+    """Of its reservation."""
     throttled: bool
 
 
