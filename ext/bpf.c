@@ -46,7 +46,8 @@ static_assert(offsetof(union bpf_attr, link_create.attach_type) == 8, "BPF_LINK_
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bitfields are found as little-endian machines have them");
 
 #define BTF_FILE "/sys/kernel/btf/vmlinux"
-#define SCHED_DEADLINE 6
+/* MAX_DL_PRIO - 1 (include/linux/sched/deadline.h): normal_prio of every thread of the policy, and of no other. */
+#define DEADLINE_PRIORITY (-1)
 #define SEQ_WRITE 127 /* bpf_seq_write in the list of helpers of include/uapi/linux/bpf.h */
 #define LOG_SIZE 16384
 #define INSTRUCTIONS 64
@@ -126,14 +127,13 @@ static void assemble(struct program *program, const struct eh_layout *layout)
     EMIT(program, .code = BPF_ALU64 | BPF_MOV | BPF_X, .dst_reg = BPF_REG_7, .src_reg = BPF_REG_1);
     emit_load(program, BPF_REG_6, BPF_REG_7, 8, 8);
     no_thread = emit_if(program, BPF_JEQ, BPF_REG_6, 0);
-    emit_load(program, BPF_REG_1, BPF_REG_6, 4, field[EH_TASK_POLICY].offset);
-    no_deadline = emit_if(program, BPF_JNE, BPF_REG_1, SCHED_DEADLINE);
+    /* Each field is a cache line more, and all of them are cold: the priority that a policy means is beside others. */
+    emit_load(program, BPF_REG_1, BPF_REG_6, 4, field[EH_TASK_PRIORITY].offset);
+    EMIT(program, .code = BPF_ALU | BPF_ADD | BPF_K, .dst_reg = BPF_REG_1, .imm = -DEADLINE_PRIORITY);
+    no_deadline = emit_if(program, BPF_JNE, BPF_REG_1, 0);
 
     emit_copy(program, &field[EH_TASK_PID], 4, offsetof(struct eh_task, tid));
-    emit_load(program, BPF_REG_1, BPF_REG_6, field[EH_TASK_STATE].bytes, field[EH_TASK_STATE].offset);
-    emit_load(program, BPF_REG_2, BPF_REG_6, 4, field[EH_TASK_EXIT_STATE].offset);
-    EMIT(program, .code = BPF_ALU64 | BPF_OR | BPF_X, .dst_reg = BPF_REG_1, .src_reg = BPF_REG_2);
-    emit_store(program, 4, offsetof(struct eh_task, state));
+    emit_copy(program, &field[EH_TASK_STATE], 4, offsetof(struct eh_task, state));
     emit_copy(program, &field[EH_TASK_START], 8, offsetof(struct eh_task, start_boottime_ns));
     emit_copy(program, &field[EH_TASK_EXECUTED], 8, offsetof(struct eh_task, executed_ns));
     emit_copy(program, &field[EH_TASK_RUN_DELAY], 8, offsetof(struct eh_task, run_delay_ns));

@@ -9,9 +9,8 @@
 /* Indices of eh_layout.fields. */
 enum eh_task_field {
     EH_TASK_PID,
-    EH_TASK_POLICY,
+    EH_TASK_PRIORITY,
     EH_TASK_STATE,
-    EH_TASK_EXIT_STATE,
     EH_TASK_START,
     EH_TASK_EXECUTED,
     EH_TASK_RUN_DELAY,

@@ -6,7 +6,7 @@
  */
 struct eh_task {
     int32_t tid;                /* as the initial pid namespace has it */
-    uint32_t state;             /* bits of fs/proc/array.c: 0 runs or wants to, 0x30: ended */
+    uint32_t state;             /* bits of fs/proc/array.c: 0 runs or wants to, 0x80: ended */
     uint64_t start_boottime_ns; /* CLOCK_BOOTTIME of its start, without a time namespace's offset */
     uint64_t executed_ns;
     uint64_t run_delay_ns;
@@ -38,7 +38,7 @@ struct eh_field {
 /* The fields in the order of btf.c's table, and the BTF id of the function that an iterator over tasks attaches to. */
 struct eh_layout {
     uint32_t iterator_id;
-    struct eh_field fields[11];
+    struct eh_field fields[10];
 };
 
 /* Finds the layout in a kernel's BTF. 0 or -errno: EPROTO not BTF, ENOTSUP something is missing; `why` says what. */

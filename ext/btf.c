@@ -296,9 +296,8 @@ static const struct {
     bool optional;
 } FIELDS[] = {
     [EH_TASK_PID] = {"pid", NULL, 4, false},
-    [EH_TASK_POLICY] = {"policy", NULL, 4, false},
+    [EH_TASK_PRIORITY] = {"normal_prio", NULL, 4, false},
     [EH_TASK_STATE] = {"__state", "state", 0, false},
-    [EH_TASK_EXIT_STATE] = {"exit_state", NULL, 4, false},
     [EH_TASK_START] = {"start_boottime", NULL, 8, false},
     [EH_TASK_EXECUTED] = {"se.sum_exec_runtime", NULL, 8, false},
     [EH_TASK_RUN_DELAY] = {"sched_info.run_delay", NULL, 8, false},

@@ -31,7 +31,7 @@
 #define SHORTEST_WINDOW(cycle) ((cycle) / 2)
 #define POLICY_DEADLINE 6
 #define STATE_RUNNING 0 /* TASK_RUNNING */
-#define STATE_ENDED 0x30 /* EXIT_DEAD, EXIT_ZOMBIE: its parent has not looked yet */
+#define STATE_ENDED 0x80 /* TASK_DEAD: its parent has not looked yet */
 
 static_assert(sizeof(struct eh_sample) == 80, "struct eh_sample is what Python unpacks");
 static_assert(sizeof(struct eh_todo) == 16, "struct eh_todo is what Python unpacks");

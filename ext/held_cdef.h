@@ -64,7 +64,6 @@ struct eh_held {
     uint32_t flags;
     uint64_t start_ticks;
     struct eh_rule rule;
-    struct eh_sizing sizing;
     uint64_t budget_ns; /* in force; 0: none */
     uint64_t told_ns;   /* the last wanted_ns that was told */
     uint64_t sampled_ns;
@@ -81,6 +80,7 @@ struct eh_held {
     uint64_t check_ns;    /* when to ask (again) whether its reservation is ours */
     uint32_t windows;
     uint32_t place; /* EH_PLACE_... */
+    struct eh_sizing sizing; /* with its samples last: what a pass looks at lies close together */
 };
 
 #define EH_PLACE_CYCLE 0    /* its window began with a cycle */

@@ -52,7 +52,7 @@ class Periods:
         for thread in one.threads.values():
             if thread.period_origin is not PeriodOrigin.OBSERVING or thread.key in self._running:
                 continue
-            if thread.row >= 0 and thread.cells.windows >= 1 and not thread.cells.sizing.saturated:
+            if thread.row >= 0 and thread.cells.windows > 10 * thread.tries and not thread.cells.sizing.saturated:
                 self._running[thread.key] = asyncio.create_task(self._observe(one, thread), name="period")
 
     async def _observe(self, one: Attached, thread: Thread) -> None:

@@ -41,7 +41,7 @@ class Settings:
     attach: tuple[Standing, ...] = ()
     deny: DenySettings = field(default_factory=DenySettings)
     history: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 600
-    """Samples that are kept for each thread; more than 64 threads share 64 times that."""
+    """Samples that are kept for each thread; more than 32 threads share 32 times that."""
     max_attachments: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1000
     max_threads: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 5000
     """Threads in all: each keeps a descriptor open."""

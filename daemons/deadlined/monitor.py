@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from deadlined import watchdog
 from deadlined.cgroups import CgroupSource
+from deadlined.changes import Changes, origin
 from deadlined.deny import Deny
 from deadlined.grants import Entry, Grants
 from deadlined.groups import Groups
@@ -19,7 +20,7 @@ from deadlined.metrics import Metrics
 from deadlined.rules import RuleConfig, rule_config
 from deadlined.targets import Source, ThreadSource, why_not
 from deadlined.tasks import Tasks
-from edgehold.api.deadlined import Actuator, Attachment, PeriodOrigin, Policy, Rule, Sample, Target, ThreadState
+from edgehold.api.deadlined import Actuator, Attachment, Policy, Sample, Target, ThreadState
 from edgehold.clock import NS_PER_S, Clock
 from edgehold.errors import DeniedError, EdgeholdError
 from edgehold.kernel import procfs
@@ -29,7 +30,7 @@ from edgehold.kernel.procfs import GoneError
 log = logging.getLogger(__name__)
 
 # So many threads have as long a history as is set; with more, all share so many times that.
-FULL_HISTORIES = 64
+FULL_HISTORIES = 32
 # Events and counters tell what changes; this only heals what they could miss.
 _RESCAN_NS = 30 * NS_PER_S
 
@@ -65,8 +66,7 @@ class Monitor:
         self._waiting: dict[int, Attached] = {}
         """Who has threads that are to be tried."""
         self._over: list[Attached] = []
-        self._later: dict[Thread, tuple[Attached, RuleConfig]] = {}
-        """Whose other period was refused: asked again in every cycle."""
+        self._changes = Changes(holder=holder, grants=self.grants, lost=self._waits)
         self._clock = clock
         self._holder = holder
         self._table = holder.table
@@ -168,60 +168,15 @@ class Monitor:
 
     def change(self, one: Attached, policy: Policy) -> None:
         """Size an attachment's budgets by another policy from now on; what was learned stays."""
-        auto = policy.period_ns == "auto" and one.policy.period_ns == "auto"
-        one.policy, one.config = policy, rule_config(policy)
         self.auto.pop(one.id, None)
         if policy.period_ns == "auto":
             self.auto[one.id] = one
-        changed: list[Entry] = []
-        for thread in list(one.threads.values()):
-            kept = auto and thread.period_origin is PeriodOrigin.INFERRED
-            config = one.config.with_period(thread.config.period_ns) if kept else one.config
-            if not kept:
-                thread.period_origin, thread.confidence, thread.tries = _origin(policy), 0.0, 0
-            with contextlib.suppress(GoneError):  # found by the next sample
-                changed += self._reconfigure(thread, one, config)
-        self._settle(changed)
+        self._settle(self._changes.policy(one, policy))
         self.groups.change(one.id, policy)
 
     def reconfigure(self, thread: Thread, one: Attached, config: RuleConfig) -> None:
         """Another rule or period for one thread, from now on. Raises `GoneError`."""
-        self._settle(self._reconfigure(thread, one, config))
-
-    def _reconfigure(self, thread: Thread, one: Attached, config: RuleConfig) -> list[Entry]:
-        """All but the budget, which is to be set for the answer. Raises `GoneError`."""
-        before = thread.config
-        self._later.pop(thread, None)
-        if thread.row < 0:
-            learned = thread.entered_ns and config.rule is not Rule.FIXED
-            first_ns = thread.first_ns * config.period_ns // before.period_ns if learned else config.initial_budget_ns
-            thread.first_ns = min(max(first_ns, config.min_budget_ns), config.max_budget_ns)
-            thread.config = config
-            return []
-        if thread.state is ThreadState.HELD and config.period_ns != before.period_ns:
-            scaled = thread.budget_ns * config.period_ns // before.period_ns
-            budget_ns = min(max(scaled, config.min_budget_ns), config.max_budget_ns)
-            if not self._holder.change(thread, budget_ns, config.period_ns):
-                if thread.budget_ns:
-                    self._later[thread] = one, config  # the reason is told; it goes on as it was
-                else:
-                    self.grants.without(thread)
-                    self._waits(one, thread)
-                return []
-        thread.config = config
-        self._table.change_rule(thread.row, config.raw())
-        if config.rule is Rule.FIXED:  # is what the policy says, whatever was learned
-            thread.cells.sizing.wanted_ns = thread.cells.told_ns = config.initial_budget_ns
-        self.grants.count(Entry(thread, one))
-        return [Entry(thread, one)]
-
-    def _change_later(self) -> list[Entry]:
-        """Ask again for the periods that were refused."""
-        changed: list[Entry] = []
-        for thread, (one, config) in list(self._later.items()):
-            with contextlib.suppress(GoneError):  # found by the next sample
-                changed += self._reconfigure(thread, one, config)
-        return changed
+        self._settle(self._changes.thread(thread, one, config))
 
     def cycle(self) -> None:
         """One monitoring cycle over everything."""
@@ -235,7 +190,7 @@ class Monitor:
             changed += self._look_at(one, everything=everything)
         for one in list(self._waiting.values()):
             changed += self._try_again(one)
-        changed += self._change_later()
+        changed += self._changes.again()
         tasks, count, tasks_ns = self._tasks.read(len(self._holder.rows))
         changed += self._do(self._table.run(grid=True, tasks=tasks, task_count=count, tasks_ns=tasks_ns))
         self._settle(changed)
@@ -402,7 +357,7 @@ class Monitor:
             raise DeniedError(why)
         thread = Thread(tid, facts.start_ticks, facts.name, one.config, self._table)
         thread.first_ns = one.config.initial_budget_ns
-        thread.period_origin = _origin(one.policy)
+        thread.period_origin = origin(one.policy)
         one.threads[tid] = thread
         self._owners[tid] = one
         self._tids = None
@@ -437,7 +392,7 @@ class Monitor:
 
     def _forgotten(self, one: Attached, thread: Thread) -> None:
         self.grants.without(thread)
-        self._later.pop(thread, None)
+        self._changes.forget(thread)
         del one.threads[thread.tid]
         self._held(one, thread)
         del self._owners[thread.tid]
@@ -461,7 +416,3 @@ class Monitor:
             thread = one.threads[tid]
             if thread.state is ThreadState.HELD or (thread.try_at_ns is not None and thread.try_at_ns <= now):
                 yield Entry(thread, one)
-
-
-def _origin(policy: Policy) -> PeriodOrigin:
-    return PeriodOrigin.OBSERVING if policy.period_ns == "auto" else PeriodOrigin.GIVEN

@@ -38,7 +38,7 @@ TIDS = tuple(range(2**30, 2**30 + 128))
 TARGET = Target(kind=TargetKind.PROCESS, id=TIDS[0])
 EMPTY = OSError(errno.EMFILE, "Too many open files")
 START_TICKS = 5
-_ENDED = 0x20
+_ENDED = 0x80
 
 
 @dataclass

@@ -103,7 +103,7 @@ def kernel(
         ),
         flag=True,
     )
-    inner = btf.group("", rows(("exit_code", u32, 0), ("exit_state", u32, 32)))
+    inner = btf.group("", rows(("prio", u32, 0), ("normal_prio", u32, 32)))
     union = btf.group("", [("stack", u64, 0), ("", inner, 64)], kind=UNION)
     btf.add("task_struct", FWD, 0)
     btf.group(
@@ -113,7 +113,6 @@ def kernel(
             (state, u64 if state == "state" else u32, 192),
             ("", union, 1024 + far),
             ("pid", u32, 2048),
-            ("policy", u32, 2080),
             ("start_boottime", time, 2112),
             ("se", se, 4096),
             ("sched_info", info, 8192),
@@ -129,9 +128,8 @@ def test_members_of_every_shape_are_found() -> None:
     assert found.iterator_id == kernel().count
     assert found.fields == {
         "pid": RawField(256, 4, 0, 32),
-        "policy": RawField(260, 4, 0, 32),
         "state": RawField(24, 4, 0, 32),
-        "exit_state": RawField(128 + 8 + 4, 4, 0, 32),  # in a structure without a name, in a union without one
+        "normal_prio": RawField(128 + 8 + 4, 4, 0, 32),  # in a structure without a name, in a union without one
         "start_boottime": RawField(264, 8, 0, 64),
         "sum_exec_runtime": RawField(512 + 80, 8, 0, 64),  # behind two typedefs, const and volatile
         "run_delay": RawField(1024 + 8, 8, 0, 64),
@@ -150,9 +148,8 @@ def test_an_older_kernel_s_state_is_found() -> None:
     ("field", "path"),
     [
         ("pid", "pid"),
-        ("policy", "policy"),
         ("__state", "__state"),
-        ("exit_state", "exit_state"),
+        ("normal_prio", "normal_prio"),
         ("start_boottime", "start_boottime"),
         ("sum_exec_runtime", "se.sum_exec_runtime"),
         ("se", "se.sum_exec_runtime"),
@@ -179,7 +176,7 @@ def test_throttled_may_be_missing(throttled: tuple[int, int]) -> None:
 
 
 def test_a_field_beyond_the_reach_of_an_instruction_is_refused() -> None:
-    with pytest.raises(OSError, match="exit_state"):
+    with pytest.raises(OSError, match="normal_prio"):
         btf_layout(kernel(far=1 << 18).data())
 
 
@@ -298,7 +295,7 @@ def test_it_compiles_for_arm64(part: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bits", "letter"),
     [
-        (0, "R"), (1, "S"), (2, "D"), (4, "T"), (8, "t"), (0x10, "X"), (0x20, "Z"), (0x30, "Z"), (0x40, "P"),
+        (0, "R"), (1, "S"), (2, "D"), (4, "T"), (8, "t"), (0x10, "X"), (0x20, "Z"), (0x80, "Z"), (0x40, "P"),
         (0x402, "I"), (0x82, "D"), (0x2001, "S"), (0x8000, "D"), (0x1000, "D"), (0x100, "R"),
     ],
 )  # fmt: skip

@@ -68,7 +68,7 @@ class World:
         thread.row = self.table.add(
             tid=thread.tid, fd=-1, owner=number, start_ticks=1, rule=config.raw(), budget_ns=10 * MS
         )
-        thread.cells.windows = 1
+        thread.cells.windows = 1000
         one.threads[thread.tid] = thread
         if policy.period_ns == "auto":
             self.auto[number] = one

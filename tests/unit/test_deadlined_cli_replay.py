@@ -33,8 +33,8 @@ def test_the_recorded_policy_counts_where_no_option_is_given() -> None:
     assert done.exit_code == 0, done.output
     rows = [line.split() for line in done.output.splitlines()]
     assert rows[0] == ["SECONDS", "TID", "EXECUTED/ms", "WAITED/ms", "BUDGET/ms", "RECORDED/ms", "WANTED/ms", "NOTE"]
-    # The document's: c = 2, 2.4, 3.36, 6 and l = 1, 2, 4, 8.
-    assert [row[6] for row in rows[1:]] == ["2.20", "2.88", "4.70", "10.80"]
+    # The document's: c = 2, 2.4, 3.36, 6 and l = 2, 4, 8, 16.
+    assert [row[6] for row in rows[1:]] == ["2.40", "3.36", "6.05", "15.60"]
     assert [row[5] for row in rows[1:]] == ["3.00"] * 4
     assert rows[-1][0] == "0.0"
 

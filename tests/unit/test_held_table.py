@@ -240,7 +240,7 @@ def test_a_suspended_guest_is_not_sized_and_wakes_nobody(table: HeldTable, recor
 def test_who_has_ended_is_told_by_a_record_too(table: HeldTable, records: Records) -> None:
     """A process whose parent has not looked yet keeps its policy: only its state says that it is over."""
     row = add(table)
-    records.put(state=0x20)
+    records.put(state=0x80)
     assert records.run(2 * S)[row].what == GONE
 
 

@@ -15,7 +15,7 @@ _TASK = struct.Struct("=iIQQQQqQII")
 _WHY_SIZE = 1024
 # The names of eh_layout.fields, in its order.
 _FIELDS = (
-    "pid", "policy", "state", "exit_state", "start_boottime", "sum_exec_runtime", "run_delay", "pcount", "dl_runtime",
+    "pid", "normal_prio", "state", "start_boottime", "sum_exec_runtime", "run_delay", "pcount", "dl_runtime",
     "dl_period", "dl_throttled",
 )  # fmt: skip
 
@@ -26,7 +26,7 @@ class RawTask(NamedTuple):
     tid: int
     """As the initial pid namespace has it."""
     state: int
-    """The kernel's bits: 0 runs or wants to (throttled included), 0x10 and 0x20: ended."""
+    """The kernel's bits: 0 runs or wants to (throttled included), 0x80: ended."""
     start_boottime_ns: int
     executed_ns: int
     run_delay_ns: int

@@ -30,6 +30,8 @@ _LETTERS = "RSDTtXZPI"
 _REPORTED = 0x7F
 _IDLE = 0x402
 _LOOKS_LIKE_D = 0x9000
+# TASK_DEAD: the last state of a thread; until its parent has looked proc(5) calls it a zombie.
+_DEAD = 0x80
 # proc_pid_stat(5) has starttime in clock ticks; USER_HZ is 100 on x86 and arm64.
 _TICK_NS = 10_000_000
 _CURES = {
@@ -182,6 +184,8 @@ def state_letter(state: int) -> str:
     """The letter that proc_pid_stat(5) has for the kernel's state bits (task_state_index of include/linux/sched.h)."""
     if state & _IDLE == _IDLE:
         return "I"
+    if state == _DEAD:
+        return "Z"
     if state & _LOOKS_LIKE_D:
         return "D"
     return _LETTERS[(state & _REPORTED).bit_length()]
