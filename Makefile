@@ -18,7 +18,7 @@ APT_BENCH := gcc libc6-dev stress-ng strace
 SOURCES := ext/build_kernel.py $(wildcard ext/*.c ext/*.h ext/uapi/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo experiment test test-unit test-integration lint fmt bench bench-peer bench-isolation bench-libvirt bench-deadline bench-deadline-guest test-libvirt-trixie ext guest testkernel setup clean
+.PHONY: help demo experiment test test-unit test-integration lint fmt bench bench-peer bench-isolation bench-libvirt bench-deadline bench-safety bench-deadline-guest test-libvirt-trixie ext guest testkernel setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -67,6 +67,9 @@ bench-libvirt: setup guest build/.apt-peer ## virtvmand beside libvirtd: calls, 
 
 bench-deadline: setup build/.apt-bench ## what deadlined costs and how steady it is (40 minutes); needs root and a quiet machine
 	$(BIN)/python -m tests.bench.deadline
+
+bench-safety: setup ## what deadlined leaves behind after 1,000 detaches, 500 throttled hogs, 50 kills; needs root
+	$(BIN)/python -m tests.bench.safety
 
 bench-deadline-guest: setup build/guest/amd64/initramfs.gz ## a guest's missed deadlines beside hogs, held and not held; needs root
 	$(BIN)/python -m tests.bench.guestjob

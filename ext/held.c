@@ -206,13 +206,15 @@ static void measure(struct eh_held *row, struct eh_pass *pass, const struct seen
         .throttled = seen->throttled,
         .saturated = -1,
     };
+    /* A thread that called execve(2) has taken its leader's place (and name), and goes on with counters of its own. */
+    int another = seen->executed_ns < row->base_executed_ns || seen->run_delay_ns < row->base_run_delay_ns;
     uint64_t shortest = row->due_ns ? own_length(row, pass) : SHORTEST_WINDOW(pass->cycle_ns);
 
     if (shortest < row->rule.period_ns)
         shortest = row->rule.period_ns;
     if (row->place == EH_PLACE_BETWEEN && !row->due_ns) {
         row->place = EH_PLACE_CYCLE;
-    } else if (row->base_ns) {
+    } else if (row->base_ns && !another) {
         int again;
 
         if (window.elapsed_ns < shortest) {

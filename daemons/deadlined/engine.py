@@ -94,6 +94,7 @@ class Engine:
             max_threads=max_threads,
             deny=deny,
         )
+        self.monitor.before_setting = self._look_at_limits
         self.periods = Periods(self.monitor, Observer(clock=clock))
 
     def recover(self) -> Recovered:
@@ -105,6 +106,11 @@ class Engine:
         self.guard = Guard(self.clock, self.metrics)
         self.monitor.grants.probe_soon()
         self._measure.set()
+
+    def _look_at_limits(self) -> None:
+        """What the cgroups above held threads allow now: before any budget is set, a new thread's too."""
+        self.ceilings.refresh(self.clock.monotonic_ns(), self.monitor.tids())
+        self.monitor.grants.limits = self.ceilings.limits()
 
     def soon(self) -> None:
         """Something was attached: a window may end earlier than the cycle's task thinks."""
@@ -139,8 +145,7 @@ class Engine:
 
     def _cycle(self, begin: int, due: int, after_cycle: Callable[[], None]) -> int:
         """One cycle, and when the next one is due."""
-        self.ceilings.refresh(begin, self.monitor.tids())
-        self.monitor.grants.limits = self.ceilings.limits()
+        self._look_at_limits()
         self.monitor.cycle()
         self.periods.look()
         after_cycle()

@@ -52,6 +52,8 @@ class Monitor:
     ) -> None:
         self.attachments: dict[int, Attached] = {}
         self.cycles = 0
+        self.before_setting: Callable[[], None] = lambda: None
+        """Called before budgets are set."""
         self.on_over: Callable[[Attached], None] = lambda _one: None
         """Told of an attachment that ended by itself."""
         self.grants = Grants(clock=clock, holder=holder, everybody=self._entries)
@@ -217,7 +219,9 @@ class Monitor:
             if entry.attached.threads.get(entry.thread.tid) is entry.thread
             and entry.thread.state is not ThreadState.WATCHED
         ]
-        if not changed and not self.grants.pending:
+        if changed:
+            self.before_setting()
+        elif not self.grants.pending:
             return {}
         refused = self.grants.apply(changed)
         for entry in (*changed, *self.grants.lost):

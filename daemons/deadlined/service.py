@@ -54,6 +54,8 @@ from edgehold.wire.peer import Roles, socket_mode
 
 log = logging.getLogger(__name__)
 
+# In one answer: more would keep the cycle waiting.
+_MOST_SAMPLES = 10_000
 # Descriptors for everything that is not a held thread: sockets, the journal, a child.
 _SPARE_DESCRIPTORS = 256
 
@@ -176,7 +178,8 @@ class Service:
     def detail(self, number: int, last: int | None = None) -> AttachmentDetail:
         """One with its history, all or the last samples of it. Raises `NotFoundError`."""
         one = self._one(number)
-        return AttachmentDetail(attachment=self.monitor.message(one), history=self.monitor.history(one, last))
+        history = self.monitor.history(one, _MOST_SAMPLES if last is None else min(last, _MOST_SAMPLES))
+        return AttachmentDetail(attachment=self.monitor.message(one), history=history)
 
     async def capacity(self) -> Capacity:
         """Probe what is left, in a child process. Raises `EdgeholdError`."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +95,14 @@ def test_twenty_probes_in_a_row_agree_and_leave_nothing() -> None:
     assert len({one.available for one in found}) == 1, [one.available for one in found]
     assert found[0].available > 0.5
     assert sched.get().policy is not Policy.DEADLINE
+
+
+async def test_the_probe_runs_nothing_that_lies_in_the_directory_where_it_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "argparse.py").write_text("raise SystemExit(99)\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert (await capacity.probe_in_child()).cpus > 0
 
 
 async def test_a_probe_in_a_child_agrees() -> None:

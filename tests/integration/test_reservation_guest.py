@@ -1,4 +1,4 @@
-"""Runs tests/guest/test_reservation.py under both test kernels: what deadlined's safety rests on, and the daemon."""
+"""Runs under both test kernels what deadlined's safety rests on, and its quotas: many hosts lack cgroup v2."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ def test_reservations_are_safe_under_this_kernel(kernel: str) -> None:
     # Its plugin imports all of hypothesis, which takes ten seconds there and is used by none of these tests.
     options = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--durations=0"]
     ended = Rig(kernel=kernel, cpus=2, memory_mib=1024).run(
-        [sys.executable, "-m", "pytest", *options, "tests/guest/test_reservation.py"],
+        [sys.executable, "-m", "pytest", *options, "tests/guest/test_reservation.py", "tests/guest/test_quota.py"],
         cwd=REPO,
         env=os.environ,
         timeout_s=TIMEOUT_S,

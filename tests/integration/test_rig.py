@@ -67,6 +67,11 @@ def test_a_machine_that_hangs_is_ended() -> None:
         rig.Rig(cpus=1, memory_mib=512, cmdline="rdinit=/bin/sh").run(["true"], timeout_s=2)
 
 
+def test_a_kernel_that_nobody_builds_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"no test kernel 5\.10; there are 6\.1, 6\.12"):
+        rig.Rig(kernel="5.10").run(["true"])
+
+
 def test_the_last_words_of_a_machine_are_shown(tmp_path: Path) -> None:
     (tmp_path / "exchange").mkdir()
     (tmp_path / "exchange" / "output").write_text("half a result\n")

@@ -141,7 +141,7 @@ async def probe_in_child() -> Found:
     """
     try:
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "edgehold.kernel.capacity", "--json",
+            sys.executable, "-P", "-m", "edgehold.kernel.capacity", "--json",
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
     except OSError as error:  # no process, no memory, no descriptor
