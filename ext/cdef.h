@@ -27,8 +27,9 @@ struct eh_schedstat {
 /* How a thread left SCHED_DEADLINE. */
 struct eh_left {
     int32_t state;      /* the state letter of proc_pid_stat(5) that decided the way */
-    int32_t step_error; /* 0 or the errno of the step before (shrink or grow); its failure does not stop the leaving */
+    int32_t step_error; /* 0 or the errno of the step before (shrink or grow); only a refused shrink stops the leaving */
     int32_t fallback;   /* 1: the wanted policy was refused and the thread is in SCHED_OTHER instead */
+    int32_t stayed;     /* 1: it sleeps and could not be shrunk: it is in its reservation as before */
 };
 
 /* Each returns 0 (or a count, where it says so) or -errno, and allocates nothing. tid 0 is the calling thread. */

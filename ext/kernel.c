@@ -77,7 +77,8 @@ static int thread_state(int stat_fd)
 /*
  * Takes a thread out of SCHED_DEADLINE by the way that its state asks for, with nothing between the steps: what is safe
  * for a thread that sleeps is a trap for one that is throttled, and the other way round. The shrunken reservation in
- * particular must not outlive this call, so a refused policy ends in SCHED_OTHER.
+ * particular must not outlive this call, so a refused policy ends in SCHED_OTHER. A sleeping thread whose reservation
+ * can't be shrunk (it was pinned meanwhile) would leave its whole share behind: it stays, unless there is no such step.
  */
 int eh_sched_leave(int32_t tid, int stat_fd, const struct eh_sched_attr *if_asleep, const struct eh_sched_attr *if_running,
                    const struct eh_sched_attr *wanted, struct eh_left *left)
@@ -93,6 +94,12 @@ int eh_sched_leave(int32_t tid, int stat_fd, const struct eh_sched_attr *if_asle
     step = result == 'R' ? if_running : if_asleep;
     if (step != NULL)
         left->step_error = -eh_sched_setattr(tid, step);
+    if (result != 'R' && left->step_error != 0) {
+        if (left->step_error == ESRCH)
+            return -ESRCH;
+        left->stayed = 1;
+        return 0;
+    }
     result = eh_sched_setattr(tid, wanted);
     if (result < 0 && result != -ESRCH && eh_sched_setattr(tid, &other) == 0)
         left->fallback = 1;

@@ -10,6 +10,8 @@ import logging
 from deadlined.held import Attached, Thread
 from deadlined.monitor import Monitor
 from deadlined.observer import Observer
+from deadlined.periods import Inference
+from deadlined.shortage import is_short
 from edgehold.api.deadlined import PeriodOrigin, ThreadState
 from edgehold.clock import NS_PER_MS
 from edgehold.errors import EdgeholdError
@@ -57,15 +59,13 @@ class Periods:
 
     async def _observe(self, one: Attached, thread: Thread) -> None:
         """One try."""
-        try:
-            found = await self._observer.observe(thread.tid)
-        except GoneError:
-            return  # the monitor notices
-        except EdgeholdError as error:
-            self._unknown(thread, error.message, last=not error.retryable)
-            return
-        if one.threads.get(thread.tid) is not thread or thread.period_origin is not PeriodOrigin.OBSERVING:
-            return  # it left, or its policy was changed meanwhile
+        found = await self._found(thread)
+        if (
+            found is None
+            or one.threads.get(thread.tid) is not thread
+            or thread.period_origin is not PeriodOrigin.OBSERVING
+        ):
+            return  # no answer; or it left, or its policy was changed meanwhile
         if found.period_ns is None:
             self._unknown(thread, found.reason)
             return
@@ -84,6 +84,19 @@ class Periods:
             "thread %d (%s): its period is %.2f ms (confidence %.2f)",
             thread.tid, thread.name, period_ns / NS_PER_MS, found.confidence,
         )  # fmt: skip
+
+    async def _found(self, thread: Thread) -> Inference | None:
+        """What the observer says, if it can."""
+        try:
+            return await self._observer.observe(thread.tid)
+        except GoneError:
+            pass  # the monitor notices
+        except EdgeholdError as error:
+            self._unknown(thread, error.message, last=not error.retryable)
+        except OSError as error:
+            if not is_short(error):
+                raise  # else it does not count as a try, and is begun anew in the next cycle
+        return None
 
     def _unknown(self, thread: Thread, why: str, *, last: bool = False) -> None:
         if thread.period_origin is not PeriodOrigin.OBSERVING:

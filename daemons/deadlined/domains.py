@@ -11,14 +11,14 @@ import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from deadlined import shortage
 from deadlined.domainask import ANSWER_S, Conversation, Seen, check_uri
 from deadlined.partitions import VmandLink
+from deadlined.shortage import belongs, is_short
 from deadlined.targets import Source
 from edgehold.api.deadlined import DEFAULT_URI
 from edgehold.api.vmand import VmandClient
 from edgehold.errors import EdgeholdError, NoCapacityError, NotFoundError
-from edgehold.kernel import procfs
-from edgehold.kernel.procfs import GoneError
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ class DomainSource:
         self._link.drop(self)
 
     def told(self, seen: Seen) -> None:
-        """libvirt answered."""
-        tids = tuple(tid for tid in seen.tids if tid in self._tids or _belongs(tid, seen.pid))
+        """libvirt answered. Raises `OSError`: its threads can't be looked at for the moment; what was known stays."""
+        tids = tuple(tid for tid in seen.tids if tid in self._tids or belongs(tid, seen.pid))
         if tids != self._tids:
             self._tids = tids
             self._changed = True
@@ -75,13 +75,9 @@ class DomainSource:
         kept = "its last known threads are kept" if self._tids else "no thread is known"
         self.reason = f"{error.message}; {kept} until libvirt is back"
 
-
-def _belongs(tid: int, pid: int) -> bool:
-    """Whether the thread is the guest's: it may have ended since, and its id be another's."""
-    try:
-        return procfs.process_of(tid) == pid
-    except GoneError:
-        return False
+    def unseen(self, error: OSError) -> None:
+        """Its threads can't be looked at for the moment."""
+        self.reason = f"{shortage.text(error)}; its last known threads are kept"
 
 
 class LibvirtLink:
@@ -142,6 +138,16 @@ class LibvirtLink:
         if not sources:
             self._sources.pop(source.uri, None)
 
+    @staticmethod
+    def tell(source: DomainSource, seen: Seen) -> None:
+        """As `DomainSource.told`, where a shortage is a reason to look again."""
+        try:
+            source.told(seen)
+        except OSError as error:
+            if not is_short(error):
+                raise
+            source.unseen(error)
+
     async def run(self) -> None:
         """For ever: one task for each URI that somebody is interested in; one that hangs keeps no other waiting."""
         followers: dict[str, asyncio.Task[None]] = {}
@@ -182,7 +188,7 @@ class LibvirtLink:
                     log.info("libvirt is back (%s)", uri)
                     away = False
                 for source, name in asked.items():
-                    source.told(seen[name])
+                    self.tell(source, seen[name])
                 await asyncio.sleep(_LOOK_S)
 
     @contextlib.asynccontextmanager

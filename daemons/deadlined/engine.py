@@ -198,6 +198,7 @@ class Engine:
     def release_all(self) -> None:
         """Give everything back, whatever fails; the journal stays open."""
         with contextlib.ExitStack() as whatever_fails:
+            whatever_fails.callback(self.holder.finish)  # the last one
             for one in list(self.monitor.attachments.values()):
                 whatever_fails.callback(self.monitor.release, one)
 

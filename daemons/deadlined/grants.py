@@ -4,6 +4,7 @@ Decreases come before increases, because what one thread gives up can be another
 measuring the capacity is the service's work, told to it by `probe_wanted`.
 """
 
+import errno
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from deadlined.held import Attached, Thread
 from deadlined.holder import Holder
-from deadlined.share import Want, share
+from deadlined.share import Group, Member, share_groups
 from edgehold.api.deadlined import ThreadState
 from edgehold.clock import NS_PER_S, Clock
 from edgehold.errors import EdgeholdError, NoCapacityError
 from edgehold.kernel import capacity
 from edgehold.kernel.limits import DL_MIN_RUNTIME_NS
+from edgehold.kernel.native_held import FROZEN
 from edgehold.kernel.procfs import GoneError
 
 if TYPE_CHECKING:
@@ -28,10 +30,16 @@ log = logging.getLogger(__name__)
 _LEAST_CHANGE_NS = 1000
 # What a leaving thread gives back comes within about its period; a probe before that would find too little.
 _SETTLED_NS = 2 * NS_PER_S
+# A probe takes all that others could want for a moment: while refusals go on, each comes after twice the time, to this.
+_PROBE_SELDOM_NS = 120 * NS_PER_S
+# So long without a refusal for want of capacity: the last probe has helped. More than any sensible cycle.
+_CALM_NS = 15 * NS_PER_S
 # While not everybody has what he wants: others on the host may have given something up.
 _PROBE_AGAIN_NS = 30 * NS_PER_S
 # Who does not fit at all asks again so seldom: each time everybody's share is worked out anew.
 _TRY_AGAIN_NS = 2 * NS_PER_S
+# A change refused for another reason than capacity (pinned, a full journal): nothing of ours will cure it.
+_ASK_AGAIN_NS = 5 * NS_PER_S
 _TELL_AGAIN_NS = 60 * NS_PER_S
 _MESSAGE_FULL = "2f6d9f7a61a74ef2b7d1a4c85f3b9e03"
 
@@ -63,20 +71,38 @@ class _Part:
         # A little up: a floor that is granted must not come out as a nanosecond less than itself.
         return self.entry.wanted_ns if self.cpus >= self.wanted else int(self.cpus * period_ns + 0.001)
 
+    def member(self) -> Member:
+        """As the division knows it."""
+        thread = self.entry.thread
+        return Member(
+            wanted=self.cpus,
+            floor=thread.config.min_budget_ns / thread.config.period_ns,
+            least=DL_MIN_RUNTIME_NS / thread.config.period_ns,
+            joins=thread.state is not ThreadState.HELD,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A change that was refused."""
+
+    entry: Entry
+    again_at_ns: int
+    reason: str
+
 
 def _compress(parts: "Sequence[_Part]", cpus: float, text: str) -> None:
     """Let them get no more than this together."""
-    wants = [
-        Want(
-            wanted=part.cpus,
-            floor=part.entry.thread.config.min_budget_ns / part.entry.thread.config.period_ns,
-            weight=part.entry.attached.policy.weight,
-        )
-        for part in parts
-    ]
-    for part, got in zip(parts, share(wants, cpus), strict=True):
-        if got < part.cpus:
-            part.cpus, part.why = got, text
+    if sum(part.cpus for part in parts) <= cpus:
+        return
+    of: dict[int, list[_Part]] = {}
+    for part in parts:
+        of.setdefault(part.entry.attached.id, []).append(part)
+    groups = [Group(some[0].entry.attached.policy.weight, [part.member() for part in some]) for some in of.values()]
+    for some, granted in zip(of.values(), share_groups(groups, cpus), strict=True):
+        for part, got in zip(some, granted, strict=True):
+            if got < part.cpus:
+                part.cpus, part.why = got, text
 
 
 class Grants:
@@ -100,7 +126,11 @@ class Grants:
         self._probe_at_ns: int | None = None
         self._tell_at_ns = 0
         self._refused = False
-        self._again: dict[Thread, Entry] = {}
+        self._probe_wait_ns = _SETTLED_NS
+        self._refused_at_ns = 0
+        self._waits_for_probe = False
+        """A refusal has asked for a probe since the last one."""
+        self._again: dict[Thread, _Refusal] = {}
         """Whose last change was refused."""
         self._stale = False
         """What is wanted, or what there is, has changed since the last `apply`."""
@@ -126,6 +156,7 @@ class Grants:
     def measured(self, total: float | None) -> None:
         """A probe's result: what is left and what deadlined's threads hold, together; None: it failed."""
         self._probe_at_ns = None
+        self._waits_for_probe = False
         if total is not None:
             # Two steps of the probe for its rounding; one more so that the next probe finds something at all.
             self.total = max(total - 3 * capacity.RESOLUTION, 0.0)
@@ -151,17 +182,35 @@ class Grants:
     def pending(self) -> bool:
         """Whether there is something to `apply` even if no thread's need has changed."""
         unshared = self._stale and (self.crowded or self.compressed)
-        return unshared or bool(self._again) or self.limits != self._kept_to
+        return unshared or bool(self._due()) or self.limits != self._kept_to
+
+    def _due(self) -> list[Entry]:
+        """Whose refused change is to be asked for again."""
+        if not self._again:
+            return []
+        now = self._clock.monotonic_ns()
+        return [one.entry for one in self._again.values() if one.again_at_ns <= now]
+
+    def suspend(self, one: Attached) -> list[Entry]:
+        """A guest was suspended or resumed: its rules stand still, its budgets go to the floor and come back."""
+        entries = [Entry(thread, one) for thread in one.threads.values()]
+        for entry in entries:
+            if entry.thread.row >= 0:
+                cells = entry.thread.cells
+                cells.flags = cells.flags | FROZEN if one.suspended else cells.flags & ~FROZEN
+            self.count(entry)
+        return entries
 
     def apply(self, changed: Iterable[Entry]) -> dict[int, EdgeholdError]:
         """Set what has changed, or all anew where it is crowded. Returns why a waiting thread could not be taken in.
 
         A thread that ended in the middle is found by the next sample.
         """
-        entries = {**self._again, **{one.thread: one for one in changed}}
-        for thread in self._again:
-            thread.reason = ""  # told anew where it is refused anew
-        self._again = {}
+        due = self._due()
+        entries = {one.thread: one for one in (*due, *changed)}
+        for entry in due:
+            entry.thread.reason = ""  # told anew where it is refused anew
+            del self._again[entry.thread]
         self._refused = self._stale = False
         self.lost = []
         if not (self.crowded or self.compressed or self.limits or self._kept_to):
@@ -170,9 +219,20 @@ class Grants:
             refused = self._set(self._shared())
         self._kept_to = self.limits
         if self._refused and not self.probing:
-            # Known capacity and yet refused: somebody else took some, or what was given up is still on its way.
-            self.probe_soon(0 if self.total is None else _SETTLED_NS)
+            self._probe_for_refusal()
         return refused
+
+    def _probe_for_refusal(self) -> None:
+        """Known capacity and yet refused: somebody else took some, or what was given up is still on its way."""
+        now = self._clock.monotonic_ns()
+        if now - self._refused_at_ns > _CALM_NS:
+            self._probe_wait_ns = _SETTLED_NS
+        self._refused_at_ns = now
+        if not self._waits_for_probe:
+            self._waits_for_probe = True
+            first = self.total is None and self._probe_wait_ns == _SETTLED_NS
+            self.probe_soon(0 if first else self._probe_wait_ns)
+            self._probe_wait_ns = min(2 * self._probe_wait_ns, _PROBE_SELDOM_NS)
 
     def _shared(self) -> list[tuple[Entry, int]]:
         """What everybody gets: first within each limited cgroup, then within the host. Sets the reasons."""
@@ -231,16 +291,26 @@ class Grants:
 
     def _change(self, entry: Entry, budget_ns: int) -> None:
         thread = entry.thread
-        if abs(budget_ns - thread.budget_ns) >= _LEAST_CHANGE_NS:
-            reason = thread.reason
-            if self._holder.change(thread, budget_ns):
-                thread.reason = reason
-            elif thread.state is ThreadState.HELD:
-                self._refused = True
-                self._again[thread] = entry
-            else:
-                self.without(thread)
-                self.lost.append(entry)
+        now = self._clock.monotonic_ns()
+        before = self._again.pop(thread, None)
+        if before is not None and thread.reason == before.reason:
+            thread.reason = ""
+        if abs(budget_ns - thread.budget_ns) < _LEAST_CHANGE_NS:
+            return
+        if before is not None and before.again_at_ns > now:
+            self._again[thread] = before  # what it is refused for does not go by how much it wants
+            thread.reason = before.reason
+            return
+        reason = thread.reason
+        if self._holder.change(thread, budget_ns):
+            thread.reason = reason
+        elif thread.state is ThreadState.HELD:
+            full = self._holder.refused_errno == errno.EBUSY
+            self._refused |= full
+            self._again[thread] = _Refusal(entry, now if full else now + _ASK_AGAIN_NS, thread.reason)
+        else:
+            self.without(thread)
+            self.lost.append(entry)
 
     def _enter(self, entry: Entry, budget_ns: int) -> EdgeholdError | None:
         thread = entry.thread

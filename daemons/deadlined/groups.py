@@ -19,7 +19,7 @@ from deadlined.quota import Group, GroupSample
 from deadlined.rules import Sizer, rule_config
 from edgehold.api.deadlined import GroupStatus, Policy
 from edgehold.clock import Clock
-from edgehold.errors import DeniedError, EdgeholdError, FailedError
+from edgehold.errors import BadStateError, DeniedError, EdgeholdError, FailedError
 from edgehold.kernel import procfs
 from edgehold.kernel.native_held import HeldTable, RawSample
 from edgehold.kernel.procfs import GoneError
@@ -139,15 +139,29 @@ class Groups:
         policy = held.one.policy
         if self._deny is not None and (why := self._deny.why_group(held.source.path)):
             raise DeniedError(why)
-        held.group = quota.open_group(
+        group = quota.open_group(
             held.source.path, actuator=policy.actuator, period_ns=policy.first_period_ns, clock=self._clock
         )
+        if (other := self._of_same(group)) is not None:
+            group.close()
+            raise BadStateError(
+                f"cgroup {group.path} is limited already: attachment {other.id} has it as {other.target}; detach that"
+            )
+        held.group = group
         try:
             held.before = held.group.sample()
             self._set(held)
         except BaseException:
             self._close(held, restore=True)
             raise
+
+    def _of_same(self, group: Group) -> Attached | None:
+        """Who has this cgroup, by whatever name: a second one would take the first one's limit for the group's own."""
+        this = group.row.device, group.row.inode
+        for held in self._held.values():
+            if held.group is not None and (held.group.row.device, held.group.row.inode) == this:
+                return held.one
+        return None
 
     def _set(self, held: _Held) -> None:
         group = held.group
@@ -157,8 +171,8 @@ class Groups:
         # Asked in every cycle: else nobody would notice what others have written while the need stays the same.
         if not group.taken() and group.budget_ns and abs(wanted_ns - group.budget_ns) < _LEAST_CHANGE_NS:
             return
-        if not group.budget_ns:
-            self._journal.limit(group.row)
+        if not group.taken():
+            self._journal.limit(group.plan(held.sizer.budget_ns))
         try:
             group.set(held.sizer.budget_ns)
         except EdgeholdError as error:

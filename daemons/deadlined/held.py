@@ -47,6 +47,8 @@ class Thread:
     """When to try (again) to hold it; None: it is held, or must not be tried by itself."""
     counted: float = 0.0
     """The CPUs with which it stands in the sum of what is wanted."""
+    process: int = 0
+    """Whose thread it is; 0: not asked yet."""
     entered_ns: int = 0
     suspect_ns: int = 0
     """Since when it wants to run and does not; 0: it is not suspected."""

@@ -13,14 +13,16 @@ import os
 from deadlined import reservation
 from deadlined.held import Attached, Thread
 from deadlined.journal import Journal, Row
+from deadlined.late import Late, heir, take_out
 from deadlined.metrics import Metrics
+from deadlined.reservation import Left
 from edgehold.api.deadlined import Rule, ThreadState
 from edgehold.clock import NS_PER_S, Clock
 from edgehold.errors import BadStateError, EdgeholdError, FailedError
 from edgehold.kernel import procfs, sched
 from edgehold.kernel.native_held import FROZEN, HELD, PHASE_BEGIN, PLACE_SHORT, HeldTable
 from edgehold.kernel.procfs import GoneError
-from edgehold.kernel.sched import Policy, SchedAttr
+from edgehold.kernel.sched import SchedAttr
 
 log = logging.getLogger(__name__)
 
@@ -52,32 +54,21 @@ class Holder:
         self.table = table
         self.rows: dict[int, Thread] = {}
         """Whose each row of the table is."""
+        self.refused_errno = 0
+        """Why the kernel refused the last `change`; 0: it did not."""
         self._short_ns = short_ns
         self._clock = clock
         self._journal = journal
         self._metrics = metrics
         self._gaps = journal.gaps(clock.monotonic_ns())
+        self._late: dict[tuple[int, int], Late] = {}
+        """Who is in a reservation of ours still and belongs to nobody; their rows in the journal stay so long."""
         self._behind = False
         """The journal refused a row's end; told once."""
 
     def recover(self) -> int:
         """Put right what a killed predecessor left behind. Returns how many threads got their policy back."""
-        restored = 0
-        for row in self._journal.held():
-            until_ns = 0
-            try:
-                alive = procfs.stat(row.tid)
-                if alive.start_ticks == row.start_ticks and not alive.ended:
-                    gap_ns = self._recover_thread(row)
-                    until_ns = self._clock.monotonic_ns() + (gap_ns or _gap_ns(row.period_ns, row.max_budget_ns))
-                    restored += gap_ns is not None
-            except GoneError:
-                pass
-            except OSError as error:
-                log.error("can't restore thread %d: %s", row.tid, error)  # noqa: TRY400 - the text is the message
-                continue  # the row stays for the next start
-            key = (row.tid, row.start_ticks)
-            self._forget_row(key, until_ns)
+        restored = sum(self._finish(Late(row)) for row in self._journal.held())
         if restored:
             log.warning(
                 "restored %s that a deadlined which was killed had left in SCHED_DEADLINE; attachments are not kept "
@@ -87,19 +78,56 @@ class Holder:
             )
         return restored
 
-    @staticmethod
-    def _recover_thread(row: Row) -> int | None:
-        """Take the row's living thread out of what was ours. Returns the gap in ns, or None: there was nothing of ours.
+    def _finish(self, late: Late, *, anyway: bool = False) -> bool:
+        """Take out one that is late, and forget its row. Returns whether it was still in our reservation and left.
 
-        A row may be of a thread whose policy was never changed (it is written before), of one that has left (it is
-        erased after), or of one that somebody else has put into a reservation of his own since.
+        One that can't leave stays late, and is told once.
         """
-        now = sched.get(row.tid)
-        halfway = (now.runtime_ns, now.period_ns) == (sched.SMALLEST.runtime_ns, sched.SMALLEST.period_ns)
-        if now.policy is not Policy.DEADLINE or not (now.period_ns in {row.period_ns, row.also_period_ns} or halfway):
-            return None
-        left = reservation.leave(row.tid, row.original, period_ns=row.period_ns, max_budget_ns=row.max_budget_ns)
-        return left.gap_ns
+        row, until_ns = late.row, 0
+        left = None
+        try:
+            left = take_out(late, anyway=anyway)
+            gap_ns = _gap_ns(row.period_ns, row.max_budget_ns) if left is None else left.gap_ns * late.factor
+            until_ns = self._clock.monotonic_ns() + gap_ns
+        except GoneError:
+            pass
+        except OSError as error:
+            self._stays(late, error)
+            return False
+        if left is not None:
+            self._metrics.setattr_calls.inc()
+            self._tell(row, left)
+        self._late.pop(late.key, None)
+        self._forget_row(late.key, until_ns)
+        return left is not None
+
+    def _stays(self, late: Late, error: OSError) -> None:
+        if late.key not in self._late:
+            log.error(
+                "can't take thread %d out of its reservation, tries again in every cycle: %s",
+                late.row.tid, error.strerror or error,
+            )  # fmt: skip
+        self._late[late.key] = late
+
+    @staticmethod
+    def _tell(row: Row, left: Left) -> None:
+        """What a person should know of how a thread left."""
+        if left.fallback:
+            log.warning(
+                "thread %d is in SCHED_OTHER: the kernel refused its own policy (%s, %s)",
+                row.tid, row.original, errno.errorcode.get(left.refused_errno, "?"),
+            )  # fmt: skip
+        if left.leaked:
+            log.warning(
+                "thread %d slept and could not be shrunk when it had to leave; the kernel keeps %.3f CPUs for nobody: "
+                "see docs/operations.md, Admission bandwidth that nobody holds",
+                row.tid, left.leaked,
+            )  # fmt: skip
+
+    def finish(self) -> None:
+        """The end: who could not leave so far leaves whatever it costs. The rows of those who can't stay."""
+        for late in list(self._late.values()):
+            self._finish(late, anyway=True)
 
     def enter(self, thread: Thread, attached: Attached, budget_ns: int) -> EdgeholdError | None:
         """Try to take a thread into its reservation, with this budget.
@@ -118,12 +146,21 @@ class Holder:
                 f"again at once: waits for {(until_ns - now) / 1e9:.1f} s"
             )
             return None
+        if thread.key in self._late:
+            thread.try_at_ns = now
+            thread.reason = (
+                "can't leave a reservation of before at the moment (see the daemon's log): waits until it has"
+            )
+            return None
         self._gaps.pop(thread.key, None)
+        thread.original = None
         wanted = SchedAttr.deadline(runtime_ns=budget_ns, period_ns=thread.config.period_ns)
         try:
             self.check_alive(thread)
-            thread.original = reservation.check_free(thread.tid)
-            self._journal.hold([self._row(thread, thread.original)])
+            original = reservation.check_free(thread.tid)
+            thread.process = thread.process or procfs.process_of(thread.tid)
+            self._journal.hold([self._row(thread, original)])
+            thread.original = original
             thread.fd = procfs.open_thread(thread.tid, "schedstat")
             self._metrics.setattr_calls.inc()
             reservation.enter(thread.tid, budget_ns=wanted.runtime_ns, period_ns=wanted.period_ns)
@@ -191,6 +228,7 @@ class Holder:
         """
         before_ns = thread.config.period_ns
         wanted = SchedAttr.deadline(runtime_ns=budget_ns, period_ns=period_ns or before_ns)
+        self.refused_errno = 0
         if not reservation.is_held(thread.tid, period_ns=before_ns):
             self.taken(thread)
             return False
@@ -204,8 +242,9 @@ class Holder:
             return False
         except OSError as error:
             self._metrics.refused(reservation.errno_name(error))
+            self.refused_errno = error.errno or 0
             why = sched.explain(error, thread.tid, wanted).message
-            thread.reason = f"stays at {thread.budget_ns / 1e6:g} ms, asked for again in every cycle: {why}"
+            thread.reason = f"stays at {thread.budget_ns / 1e6:g} ms, asked for again: {why}"
             return False
         thread.budget_ns = wanted.runtime_ns
         thread.cells.budget_ns = wanted.runtime_ns
@@ -215,6 +254,7 @@ class Holder:
     def leave(self, thread: Thread, *, grow: bool = True) -> int:
         """Give a thread its own policy back, if it is held. Returns when it may be attached again (0: it is gone)."""
         until_ns = 0
+        factor = 2 ** min(thread.stuck, 6)
         try:
             if thread.budget_ns and thread.original is not None:
                 if not reservation.is_held(thread.tid, period_ns=thread.config.period_ns):
@@ -229,17 +269,13 @@ class Holder:
                     max_budget_ns=thread.config.max_budget_ns,
                     grow=grow,
                 )
-                until_ns = self._clock.monotonic_ns() + left.gap_ns * (2 ** min(thread.stuck, 6))
-                if left.fallback:
-                    log.warning(
-                        "thread %d is in SCHED_OTHER: the kernel refused its own policy (%s, %s)",
-                        thread.tid, thread.original, errno.errorcode.get(left.refused_errno, "?"),
-                    )  # fmt: skip
+                until_ns = self._clock.monotonic_ns() + left.gap_ns * factor
+                self._tell(self._row(thread, thread.original), left)
         except GoneError:
             pass
         except OSError as error:
-            # Not even SCHED_OTHER: nothing more can be done here; the row stays for the next start.
-            log.error("can't take thread %d out of its reservation: %s", thread.tid, error)  # noqa: TRY400
+            if thread.original is not None:
+                self._stays(Late(self._row(thread, thread.original), grow=grow, factor=factor), error)
             self._unheld(thread)
             return 0
         self._left(thread, until_ns)
@@ -263,11 +299,18 @@ class Holder:
         thread.reason = "the kernel left it throttled; it runs under its own policy until it is safe to attach it again"
 
     def forget(self, thread: Thread) -> None:
-        """The thread ended: its bandwidth went with it."""
+        """The thread ended: its bandwidth went with it, unless another thread has it now."""
+        row = heir(thread)
+        if row is not None and not any(one.tid == row.tid and one.budget_ns for one in self.rows.values()):
+            with contextlib.suppress(FailedError):  # it leaves all the same
+                self._journal.hold([row])
+            self._finish(Late(row))
         self._left(thread, 0)
 
     def prune(self) -> None:
-        """Forget the gaps that are over."""
+        """Forget the gaps that are over, and take out who could not leave so far."""
+        for late in list(self._late.values()):
+            self._finish(late)
         now = self._clock.monotonic_ns()
         if any(until <= now for until in self._gaps.values()):
             # Not read anew: the journal may be behind.
@@ -323,11 +366,13 @@ class Holder:
     ) -> EdgeholdError:
         thread.state = ThreadState.WAITING
         thread.try_at_ns = now + _RETRY_NS
-        if isinstance(error, FailedError):  # the journal's: there is no row to forget
+        if thread.original is None:  # no row was written; one that is there is of before, and stays
             self._unheld(thread)
+        else:
+            self._left(thread, 0)
+        if isinstance(error, FailedError):
             thread.reason = error.message
             return error
-        self._left(thread, 0)
         if isinstance(error, BadStateError):
             told: EdgeholdError = error
         elif procfs.is_exhausted(error):

@@ -33,7 +33,8 @@ CREATE TABLE IF NOT EXISTS gaps (
 CREATE TABLE IF NOT EXISTS numbers (last INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS quotas (
     directory TEXT NOT NULL, device INTEGER NOT NULL, inode INTEGER NOT NULL, file TEXT NOT NULL,
-    original TEXT NOT NULL, period_ns INTEGER NOT NULL, PRIMARY KEY (directory, file));
+    original TEXT NOT NULL, period_ns INTEGER NOT NULL,
+    written TEXT NOT NULL DEFAULT '', before TEXT NOT NULL DEFAULT '', PRIMARY KEY (directory, file));
 """
 # Only these say that the file itself is no journal any more. A full disk, a lock, a failing read say nothing about it.
 _BROKEN = frozenset({sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT})
@@ -98,11 +99,15 @@ class Journal:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = OFF")  # see the module's text: durable against our death, not the host's
             db.executescript(_SCHEMA)
-            if db.execute("PRAGMA user_version").fetchone()[0] < 2:
+            if db.execute("PRAGMA user_version").fetchone()[0] < 3:
                 columns = [row[1] for row in db.execute("PRAGMA table_info(held)")]
                 if "also_period_ns" not in columns:
                     db.execute("ALTER TABLE held ADD COLUMN also_period_ns INTEGER NOT NULL DEFAULT 0")
-                db.execute("PRAGMA user_version = 2")
+                columns = [row[1] for row in db.execute("PRAGMA table_info(quotas)")]
+                for name in ("written", "before"):
+                    if name not in columns:
+                        db.execute(f"ALTER TABLE quotas ADD COLUMN {name} TEXT NOT NULL DEFAULT ''")
+                db.execute("PRAGMA user_version = 3")
             if [row[0] for row in db.execute("SELECT id FROM boot")] != [boot_id]:
                 db.executescript("DELETE FROM held; DELETE FROM gaps; DELETE FROM quotas; DELETE FROM boot")
                 db.execute("INSERT INTO boot VALUES (?)", (boot_id,))
@@ -199,26 +204,38 @@ class Journal:
         ]
 
     def limit(self, row: QuotaRow) -> None:
-        """Before a cgroup's quota changes for the first time: what it has. Raises `FailedError`: it may not change."""
+        """Before a cgroup's quota changes, each time: what it had, and what will be ours (`Group.plan`).
+
+        Raises:
+            FailedError: it is not on disk; the quota may not change.
+        """
         with self._transaction():
             self._db.execute(
-                "INSERT OR REPLACE INTO quotas VALUES (?, ?, ?, ?, ?, ?)",
-                (row.directory, row.device, row.inode, row.file, row.original, row.period_ns),
-            )
+                "INSERT OR REPLACE INTO quotas VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    row.directory, row.device, row.inode, row.file, row.original, row.period_ns, row.written,
+                    row.before,
+                ),
+            )  # fmt: skip
 
     def unlimit(self, row: QuotaRow) -> None:
         """After a cgroup got its quota back, or is gone. Raises `FailedError`."""
         with self._transaction():
-            self._db.execute("DELETE FROM quotas WHERE directory = ? AND file = ?", (row.directory, row.file))
+            self._db.execute(
+                "DELETE FROM quotas WHERE device = ? AND inode = ? AND file = ?", (row.device, row.inode, row.file)
+            )
 
     def quotas(self) -> list[QuotaRow]:
         """The cgroups that a predecessor left limited. Raises `FailedError`."""
         with self._boundary():
             rows = self._db.execute("SELECT * FROM quotas").fetchall()
         return [
-            QuotaRow(directory=path, device=device, inode=inode, file=file, original=original, period_ns=period)
-            for path, device, inode, file, original, period in rows
-        ]
+            QuotaRow(
+                directory=path, device=device, inode=inode, file=file, original=original, period_ns=period,
+                written=written, before=before,
+            )
+            for path, device, inode, file, original, period, written, before in rows
+        ]  # fmt: skip
 
     def gaps(self, now_ns: int) -> dict[tuple[int, int], int]:
         """(tid, start_ticks) -> CLOCK_MONOTONIC in ns before which it must not be attached. Raises `FailedError`."""

@@ -1,7 +1,11 @@
 """Where `deadlined run` keeps its journals, and how what a killed one left gets into the journal of whoever looks next.
 
-Each run has a directory of its own below one that all share, named by its process: the directory of one that lives is
-never touched. Rows move into the finder's journal before they vanish from the old one, so nothing is lost between.
+Each run has a directory of its own below one that all runs of its user share, named by its process: the directory of
+one that lives is never touched. Rows move into the finder's journal before they vanish from the old one, so nothing is
+lost between.
+
+Nobody takes over another user's: what a row says a thread had before is set by whoever believes it, and root would hand
+out any priority, to any thread, that a user had written down.
 """
 
 import logging
@@ -17,6 +21,9 @@ from edgehold.kernel.procfs import GoneError
 
 log = logging.getLogger(__name__)
 
+# Not below /run/deadlined: systemd clears the RuntimeDirectory= of a daemon at each stop, and a run outlives it.
+_OF_ROOT = Path("/run/deadlined-run")
+
 
 def base() -> Path:
     """The directory that all runs of this user share: below /run for root, of his session for anybody else.
@@ -25,7 +32,7 @@ def base() -> Path:
         UnavailableError: he has no session.
     """
     if os.geteuid() == 0:
-        return Path("/run/deadlined/run")
+        return _OF_ROOT
     if directory := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(directory) / "deadlined/run"
     raise UnavailableError(

@@ -8,23 +8,24 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 
-from deadlined import watchdog
+from deadlined import shortage, watchdog
 from deadlined.cgroups import CgroupSource
 from deadlined.changes import Changes, origin
 from deadlined.deny import Deny
 from deadlined.grants import Entry, Grants
 from deadlined.groups import Groups
 from deadlined.held import Attached, Thread, sample_of
-from deadlined.holder import Holder, no_descriptor
+from deadlined.holder import Holder
 from deadlined.metrics import Metrics
 from deadlined.rules import RuleConfig, rule_config
+from deadlined.shortage import is_short
 from deadlined.targets import Source, ThreadSource, why_not
 from deadlined.tasks import Tasks
 from edgehold.api.deadlined import Actuator, Attachment, Policy, Sample, Target, ThreadState
 from edgehold.clock import NS_PER_S, Clock
 from edgehold.errors import DeniedError, EdgeholdError
 from edgehold.kernel import procfs
-from edgehold.kernel.native_held import CHANGE, ERROR, FROZEN, GONE, LOOK, TAKEN, RawTodo
+from edgehold.kernel.native_held import CHANGE, ERROR, GONE, LOOK, TAKEN, RawTodo
 from edgehold.kernel.procfs import GoneError
 
 log = logging.getLogger(__name__)
@@ -258,14 +259,14 @@ class Monitor:
         changed: list[Entry] = []
         if one.source.suspended != one.suspended:
             one.suspended = one.source.suspended
-            changed += self._suspend(one)
+            changed += self.grants.suspend(one)
         if everything or one.source.changed() or one.source.over:
             try:
                 self._rescan(one)
             except OSError as error:
-                if not procfs.is_exhausted(error):
+                if not is_short(error):
                     raise
-                one.trouble = no_descriptor().message  # what is known stays, and is looked at again in the next cycle
+                one.trouble = shortage.text(error)  # what is known stays, and is looked at again in the next cycle
             else:
                 one.trouble = ""
         if one.source.over:
@@ -287,18 +288,10 @@ class Monitor:
                     self.grants.count(changed[-1])
             except GoneError:
                 self._ended(one, thread)
+            except OSError as error:
+                if not is_short(error):
+                    raise  # else it waits on, and is looked at in the next cycle
         return changed
-
-    def _suspend(self, one: Attached) -> list[Entry]:
-        """A guest was suspended or resumed: its rules stand still, its budgets go to the floor and come back."""
-        entries = []
-        for thread in one.threads.values():
-            if thread.row >= 0:
-                cells = thread.cells
-                cells.flags = cells.flags | FROZEN if one.suspended else cells.flags & ~FROZEN
-            entries.append(Entry(thread, one))
-            self.grants.count(entries[-1])
-        return entries
 
     def _do(self, todo: list[RawTodo]) -> list[Entry]:
         """What a pass over the table found."""
@@ -320,6 +313,9 @@ class Monitor:
                     self.grants.count(changed[-1])
             except GoneError:
                 self._ended(one, thread)
+            except OSError as failed:
+                if not is_short(failed):
+                    raise  # else it stays as it is, and the next pass finds the same
         return changed
 
     def _rescan(self, one: Attached) -> dict[int, EdgeholdError]:

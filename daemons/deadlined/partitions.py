@@ -9,10 +9,10 @@ import contextlib
 import logging
 from pathlib import Path
 
+from deadlined import shortage
+from deadlined.shortage import belongs, is_short
 from edgehold.api.vmand import Mode, State, VmandClient
 from edgehold.errors import DeniedError, EdgeholdError, NotFoundError, UnavailableError
-from edgehold.kernel import procfs
-from edgehold.kernel.procfs import GoneError
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class PartitionSource:
             DeniedError: a dedicated partition: its vCPUs are pinned.
             NotFoundError: no such partition (any more).
             EdgeholdError: as vmand answered.
+            OSError: its threads can't be looked at for the moment; what was known stays.
         """
         status = await vmand.status(self.partition)
         if status.mode is Mode.DEDICATED:
@@ -63,9 +64,9 @@ class PartitionSource:
                 "no reservation, and the kernel gives none to a pinned thread (EPERM). Create it with mode shared to "
                 "size it by deadlined"
             )
-        self.suspended = status.state is State.SUSPENDED
         vcpus = await vmand.vcpus(self.partition)
-        self._tids = tuple(vcpu.tid for vcpu in vcpus if status.pid is None or _belongs(vcpu.tid, status.pid))
+        self.suspended = status.state is State.SUSPENDED
+        self._tids = tuple(vcpu.tid for vcpu in vcpus if status.pid is None or belongs(vcpu.tid, status.pid))
         self.reason = "" if self._tids else f"partition {self.partition} is {status.state.value}: no vCPU runs"
 
     def troubled(self, error: EdgeholdError) -> None:
@@ -73,18 +74,14 @@ class PartitionSource:
         kept = "its last known threads are kept" if self._tids else "no thread is known"
         self.reason = f"vmand can't tell about partition {self.partition} ({error.message}); {kept}"
 
+    def unseen(self, error: OSError) -> None:
+        """Its threads can't be looked at for the moment."""
+        self.reason = f"{shortage.text(error)}; its last known threads are kept"
+
     def away(self, error: EdgeholdError) -> None:
         """vmand does not answer."""
         kept = "its last known threads are kept" if self._tids else "no thread is known"
         self.reason = f"vmand is away ({error.message}); {kept} until it is back"
-
-
-def _belongs(tid: int, pid: int) -> bool:
-    """Whether the thread is one of the guest's process: an id that vmand remembers may be another's by now."""
-    try:
-        return procfs.process_of(tid) == pid
-    except GoneError:
-        return False
 
 
 class VmandLink:
@@ -180,3 +177,7 @@ class VmandLink:
         except EdgeholdError as error:
             # Of this partition only: that the conversation is over, the events tell.
             source.troubled(error)
+        except OSError as error:
+            if not is_short(error):
+                raise
+            source.unseen(error)

@@ -2,14 +2,15 @@
 
 ``cpu.max`` limits ordinary threads (Documentation/admin-guide/cgroup-v2.rst); it gives no guarantee, and no deadline
 thread heeds it. ``cpu.rt.max`` is of a patch set that no released kernel has (2026): where the file is there, it is
-written in the same form. What was there before is told (`Group.row`) so that the journal has it before the first write,
-and what somebody else has written since is left alone.
+written in the same form. What was there before, and what will be written, is told (`Group.plan`) so that the journal
+has it before each write: only what stands there as it was written is ever taken back. A period alone tells nothing, as
+100 ms is everybody's default.
 """
 
 import errno
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deadlined.cgroups import why_not
 from edgehold.api.deadlined import Actuator
@@ -54,7 +55,11 @@ class QuotaRow:
     original: str
     """What stood in the file."""
     period_ns: int
-    """That of ours: a limit with another one is somebody else's."""
+    """That of ours."""
+    written: str = ""
+    """What we wrote last, or were about to."""
+    before: str = ""
+    """What of ours stood there until then; empty: nothing. A limit that is neither is somebody else's."""
 
 
 def is_saturated(before: GroupSample, after: GroupSample, *, budget_ns: int, period_ns: int) -> bool | None:
@@ -121,6 +126,10 @@ class Group:
             self._taken = self._read() != self._ours
         return self._taken
 
+    def plan(self, budget_ns: int) -> QuotaRow:
+        """For the journal, before `set` is asked for this: what is ours from then on, whether it is written or not."""
+        return replace(self.row, written=self._text(budget_ns), before=self._ours)
+
     def set(self, budget_ns: int) -> int:
         """Make this the limit of every period; what is in force then (whole microseconds, at least a millisecond).
 
@@ -136,14 +145,13 @@ class Group:
                 f"somebody else changed {self.row.file} of cgroup {self.path} to {self._read()!r}, and deadlined "
                 "leaves that alone; detach and attach it again"
             )
-        budget_ns = max(round(budget_ns / _NS_PER_US) * _NS_PER_US, QUOTA_MIN_NS)
-        text = str(cgroup.Quota(budget_ns // _NS_PER_US, self.row.period_ns // _NS_PER_US))
+        text = self._text(budget_ns)
         try:
             cgroup.write_at(self._group, self.row.file, text)
         except OSError as error:
             raise self._refused(error, text) from error
-        self._ours, self.budget_ns = self._read(), budget_ns
-        return budget_ns
+        self._ours, self.budget_ns = self._read(), _taken_as(budget_ns)
+        return self.budget_ns
 
     def restore(self) -> bool:
         """Write back what stood there, if what is there now is ours. Whether it did. Raises as `set`."""
@@ -164,6 +172,9 @@ class Group:
             if fd >= 0:
                 os.close(fd)
         self._stat = self._group = -1
+
+    def _text(self, budget_ns: int) -> str:
+        return str(cgroup.Quota(_taken_as(budget_ns) // _NS_PER_US, self.row.period_ns // _NS_PER_US))
 
     def _read(self) -> str:
         try:
@@ -191,6 +202,10 @@ class Group:
             return int(cgroup.read_at(self._group, "cpu.max.burst"))
         except (OSError, ValueError):
             return 0
+
+
+def _taken_as(budget_ns: int) -> int:
+    return max(round(budget_ns / _NS_PER_US) * _NS_PER_US, QUOTA_MIN_NS)
 
 
 def open_group(
@@ -272,7 +287,7 @@ def _missing(path: str, actuator: Actuator, mounted: Hierarchy, seen: Sequence[H
 def restore(row: QuotaRow) -> bool:
     """Put right what a killed deadlined left, by its journal. Whether something of ours was there.
 
-    A cgroup that was removed, or made again, has nothing of ours; a limit with another period is somebody else's.
+    A cgroup that was removed, or made again, has nothing of ours; a limit that we did not write is somebody else's.
 
     Raises:
         OSError: the kernel refuses, or no descriptor is left.
@@ -288,8 +303,8 @@ def restore(row: QuotaRow) -> bool:
         if (found.st_dev, found.st_ino) != (row.device, row.inode):
             return False
         text = cgroup.read_at(group, row.file).decode("ascii", errors="replace").strip()
-        now = cgroup.parse_cpu_max(text)
-        if now.period_us != row.period_ns // _NS_PER_US or text == row.original:
+        ours = [cgroup.parse_cpu_max(one) for one in (row.written, row.before) if one]
+        if cgroup.parse_cpu_max(text) not in ours or text == row.original:
             return False
         cgroup.write_at(group, row.file, row.original)
     except ValueError:

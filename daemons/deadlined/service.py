@@ -13,20 +13,19 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-from deadlined import api, leftovers
+from deadlined import api, leftovers, shortage
 from deadlined.cgroups import open_cgroup
 from deadlined.config import Settings, policy_of, policy_problem
 from deadlined.deny import Deny
 from deadlined.domains import LibvirtLink
 from deadlined.engine import Engine
 from deadlined.held import Attached
-from deadlined.holder import no_descriptor
 from deadlined.keep import Keep, Kept
 from deadlined.partitions import VmandLink
 from deadlined.standing import PendingSource, open_in_time
 from deadlined.targets import Source, open_local
 from deadlined.trees import open_tree
-from deadlined.units import Units
+from deadlined.units import Units, full_name
 from edgehold.api.deadlined import (
     DURABLE,
     Attachment,
@@ -42,30 +41,31 @@ from edgehold.errors import (
     BadRequestError,
     BadStateError,
     EdgeholdError,
+    FailedError,
     NoCapacityError,
     NotFoundError,
     UnavailableError,
 )
-from edgehold.kernel import procfs
 from edgehold.service import Runtime
 from edgehold.systemd.activation import listen_sockets
-from edgehold.wire.http import application, serve
+from edgehold.wire.http import MAX_CONNECTIONS, application, serve
 from edgehold.wire.peer import Roles, socket_mode
 
 log = logging.getLogger(__name__)
 
 # In one answer: more would keep the cycle waiting.
 _MOST_SAMPLES = 10_000
-# Descriptors for everything that is not a held thread: sockets, the journal, a child.
-_SPARE_DESCRIPTORS = 256
+# Descriptors for everything that is not a held thread: the API's connections, and sockets, the journal, a child.
+_SPARE_DESCRIPTORS = MAX_CONNECTIONS + 256
 
 
 def descriptor_room(wanted_threads: int) -> int:
-    """Raise the soft limit of descriptors as far as needed. Returns how many threads there is room for."""
+    """Raise the soft limit of descriptors to the hard one. Returns how many threads there is room for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted_threads + _SPARE_DESCRIPTORS
-    if soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if hard == resource.RLIM_INFINITY:  # the kernel's own is fs.nr_open, which soft can't pass
+        hard = max(soft, wanted_threads + _SPARE_DESCRIPTORS)
+    if soft < hard:
+        soft = hard
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     room = max(min(wanted_threads, soft - _SPARE_DESCRIPTORS), 1)
     if room < wanted_threads:
@@ -108,16 +108,16 @@ class Service:
         """Attach what is to be attached at every start; it waits where its target is not there."""
         self.engine.begin()
         configured = [(one.target, policy_of(one.policy, self._settings.policy)) for one in self._settings.attach]
-        targets = [target for target, _ in configured]
+        targets = [_in_full(target) for target, _ in configured]
         for one in self.keep.all():
-            if one.target not in targets:
+            if _in_full(one.target) not in targets:
                 self._stand(one.id, one.target, one.policy)
         for target, policy in configured:
             self._stand(self._number(), target, policy)
 
     async def attach(self, request: AttachRequest) -> Attachment:
         """Hold a target from now on; see `DeadlinedClient.attach` for what it raises."""
-        target, policy = request.target, api.policy(request.policy, self._settings.policy)
+        target, policy = _in_full(request.target), api.policy(request.policy, self._settings.policy)
         self._check_policy(target, policy)
         self._check_new(target)
         source = await self._open(target)
@@ -232,6 +232,7 @@ class Service:
 
     def _stand(self, number: int, target: Target, policy: Policy) -> None:
         """Attach a target as soon as it can be opened."""
+        target = _in_full(target)
         one, _ = self.monitor.adopt(number, target, policy, PendingSource(target))
         work = open_in_time(one, lambda: self._open(target, must_exist=False), self._follow)
         self._opening[number] = asyncio.create_task(work, name=f"attachment {number}")
@@ -284,14 +285,22 @@ class Service:
                     return open_local(target)
 
 
+def _in_full(target: Target) -> Target:
+    """A unit by its whole name, so that ``nginx`` and ``nginx.service`` are one target; who opens it refuses others."""
+    if target.kind is TargetKind.UNIT:
+        with contextlib.suppress(EdgeholdError):
+            return Target(kind=target.kind, name=full_name(target.name))
+    return target
+
+
 @contextlib.contextmanager
 def _descriptors() -> Iterator[None]:
-    """Answer `FailedError` where no file descriptor is left."""
+    """Answer `FailedError` where no file descriptor or no memory is left."""
     try:
         yield
     except OSError as error:
-        if procfs.is_exhausted(error):
-            raise no_descriptor() from error
+        if shortage.is_short(error):
+            raise FailedError(shortage.text(error), retryable=True) from error
         raise
 
 

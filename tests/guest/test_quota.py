@@ -121,26 +121,31 @@ def test_somebody_elses_limit_stays(held: Group, group: Path) -> None:
     (group / "cpu.max").write_text("max 50000")
     with pytest.raises(BadStateError, match="max 50000"):
         held.set(30 * MS)
+    left = held.plan(30 * MS)
     assert not held.restore()
-    assert not quota.restore(held.row)
-    assert (group / "cpu.max").read_text().strip() == "max 50000"
+    assert not quota.restore(left)
+    (group / "cpu.max").write_text("70000 100000")  # by its period it could be ours
+    assert not quota.restore(left)
+    assert (group / "cpu.max").read_text().strip() == "70000 100000"
 
 
 def test_what_a_killed_deadlined_left_is_restored(held: Group, group: Path) -> None:
+    left = held.plan(20 * MS)
     held.set(20 * MS)
-    assert quota.restore(held.row)
+    assert quota.restore(left)
     assert (group / "cpu.max").read_text().strip() == "max 100000"
-    assert not quota.restore(held.row)
+    assert not quota.restore(left)
 
 
 def test_a_cgroup_that_was_made_again_is_not_restored(held: Group, group: Path) -> None:
+    left = held.plan(20 * MS)
     held.set(20 * MS)
     held.sample()
     group.rmdir()
-    assert not quota.restore(held.row)
+    assert not quota.restore(left)
     group.mkdir()
     (group / "cpu.max").write_text("20000 100000")
-    assert not quota.restore(held.row)
+    assert not quota.restore(left)
     for ask in (held.sample, held.taken, lambda: held.set(30 * MS)):
         with pytest.raises(GoneError, match="was removed"):
             ask()

@@ -183,6 +183,22 @@ def test_leaving_tells_by_which_state(load: Load, kind: str) -> None:
     assert sched.get(tid).policy is Policy.OTHER
 
 
+def test_a_sleeper_that_can_t_be_shrunk_stays_unless_no_step_is_asked_for(load: Load) -> None:
+    tid = load.sleeper().pid
+    eventually(lambda: procfs.stat(tid).state == "S", timeout_s=5, what="it sleeps")
+    sched.set_attr(tid, ATTR)
+    fd = procfs.open_thread(tid, "stat")
+    impossible = native.RawAttr(*sched.to_raw(sched.SMALLEST)[:4], 1, 2, 3)
+    to = sched.to_raw(SchedAttr())
+    left = native.sched_leave(tid, fd, if_asleep=impossible, if_running=None, wanted=to)
+    now = sched.get(tid)
+    native.sched_leave(tid, fd, if_asleep=sched.to_raw(sched.SMALLEST), if_running=None, wanted=to)
+    os.close(fd)
+    assert left == native.RawLeft("S", errno.EINVAL, fallback=False, errno=0, stayed=True)
+    assert (now.policy, now.runtime_ns, now.period_ns) == (Policy.DEADLINE, ATTR.runtime_ns, ATTR.period_ns)
+    assert sched.get(tid).policy is Policy.OTHER
+
+
 def test_a_refused_policy_never_leaves_the_smallest_reservation_in_place(load: Load) -> None:
     tid = load.sleeper().pid
     eventually(lambda: procfs.stat(tid).state == "S", timeout_s=5, what="it sleeps")

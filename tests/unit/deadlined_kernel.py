@@ -23,8 +23,8 @@ from deadlined.monitor import Monitor
 from deadlined.reservation import Left
 from deadlined.tasks import Read, Tasks
 from edgehold.api.deadlined import Policy, Target, TargetKind
-from edgehold.errors import FailedError
-from edgehold.kernel import procfs
+from edgehold.errors import BadStateError, FailedError
+from edgehold.kernel import procfs, sched
 from edgehold.kernel.native_bpf import TaskRecords
 from edgehold.kernel.native_held import HeldTable
 from edgehold.kernel.procfs import GoneError, ThreadStat
@@ -66,6 +66,10 @@ class Kernel:
     """``enter`` (also a change) and ``leave``, with the thread."""
     refused: dict[int, OSError] = field(default_factory=dict)
     """Whose reservation is refused, and how."""
+    stays: dict[int, OSError] = field(default_factory=dict)
+    """Whose leaving is refused, and how."""
+    processes: dict[int, int] = field(default_factory=dict)
+    """Whose thread each is; its own where nothing else is said."""
     exhausted: bool = False
     """No descriptor is left."""
     open_files: dict[int, int] = field(default_factory=dict)
@@ -105,8 +109,17 @@ class Kernel:
         return task.executed_ns, task.run_delay_ns
 
     def check_free(self, tid: int) -> SchedAttr:
-        self._of(tid)
+        if self._of(tid).reservation is not None:
+            raise BadStateError(f"thread {tid} is in SCHED_DEADLINE already")
         return SchedAttr()
+
+    def process_of(self, tid: int) -> int:
+        self._of(tid)
+        return self.processes.get(tid, tid)
+
+    def get(self, tid: int = 0) -> SchedAttr:
+        budget, period = self._of(tid).reservation or (0, 0)
+        return SchedAttr.deadline(runtime_ns=budget, period_ns=period) if budget else SchedAttr()
 
     def enter(self, tid: int, *, budget_ns: int, period_ns: int) -> None:
         task = self._of(tid)
@@ -122,10 +135,21 @@ class Kernel:
         task = self._of(tid)
         return task.reservation is not None and task.reservation[1] == period_ns
 
-    def leave(self, tid: int, _original: SchedAttr, *, period_ns: int, max_budget_ns: int, grow: bool = True) -> Left:
+    def leave(
+        self,
+        tid: int,
+        _original: SchedAttr,
+        *,
+        period_ns: int,
+        max_budget_ns: int,
+        grow: bool = True,
+        anyway: bool = False,
+    ) -> Left:
         task = self._of(tid)
         assert 0 < max_budget_ns <= period_ns
         assert task.reservation is not None
+        if tid in self.stays and not anyway:
+            raise self.stays[tid]
         self.calls.append(("leave", tid) if grow else ("revive", tid))
         task.reservation = None
         return Left(gap_ns=S, asleep=True, fallback=False, refused_errno=0)
@@ -239,6 +263,8 @@ def core_on(
     kernel = Kernel(directory)
     for name in ("stat", "open_thread", "schedstat", "dl_runtime"):
         patch.setattr(procfs, name, getattr(kernel, name))
+    patch.setattr(procfs, "process_of", kernel.process_of)
+    patch.setattr(sched, "get", kernel.get)
     for name in ("check_free", "enter", "is_held", "leave"):
         patch.setattr(reservation, name, getattr(kernel, name))
     journal = Journal(directory / "state", boot_id="a")

@@ -1,5 +1,6 @@
 """Grants over a host whose holder writes down what it is told and refuses what does not fit."""
 
+import errno
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
@@ -35,6 +36,9 @@ class Host:
         self.threads: dict[int, Thread] = {}
         self.gone: set[int] = set()
         self.taken: set[int] = set()
+        self.pinned: set[int] = set()
+        self.refused_errno = 0
+        """As `Holder`'s: why the last change was refused."""
 
     def monotonic_ns(self) -> int:
         return self.now_ns
@@ -58,12 +62,18 @@ class Host:
         return True
 
     def change(self, thread: Thread, budget_ns: int) -> bool:
+        self.refused_errno = 0
         if thread.tid in self.taken:
             thread.state, thread.budget_ns, thread.try_at_ns = ThreadState.WAITING, 0, None
+            return False
+        if thread.tid in self.pinned:
+            self.calls.append((thread.tid, round(budget_ns / MS, 3)))
+            self.refused_errno, thread.reason = errno.EPERM, "EPERM: pinned"
             return False
         if self._set(thread, budget_ns):
             thread.reason = ""
             return True
+        self.refused_errno = errno.EBUSY
         thread.reason = f"stays at {thread.budget_ns / MS:g} ms"
         return False
 
@@ -90,14 +100,27 @@ class World:
                 yield one
 
     def thread(
-        self, wanted_ms: float, *, weight: int = 100, held_ms: float | None = None, policy: Policy | None = None
+        self,
+        wanted_ms: float,
+        *,
+        weight: int = 100,
+        held_ms: float | None = None,
+        policy: Policy | None = None,
+        beside: Entry | None = None,
     ) -> Entry:
-        """A thread that wants so much of 100 ms; held with that, or with what is said."""
+        """A thread that wants so much of 100 ms; held with that, or with what is said.
+
+        In an attachment of its own, or in somebody's.
+        """
         tid = 2**30 + len(self.entries)
         policy = policy or Policy(weight=weight)
         config = rule_config(policy)
-        attached = Attached(
-            id=len(self.entries), target=TARGET, policy=policy, config=config, source=PendingSource(TARGET), begun=0
+        attached = (
+            beside.attached
+            if beside
+            else Attached(
+                id=len(self.entries), target=TARGET, policy=policy, config=config, source=PendingSource(TARGET), begun=0
+            )
         )
         thread = Thread(tid, 1, "x", config, self.table)
         thread.row = self.table.add(
@@ -112,9 +135,9 @@ class World:
         self.grants.count(entry)
         return entry
 
-    def waiting(self, wanted_ms: float, *, weight: int = 100) -> Entry:
+    def waiting(self, wanted_ms: float, *, weight: int = 100, beside: Entry | None = None) -> Entry:
         """One that is not held yet."""
-        entry = self.thread(wanted_ms, held_ms=0, weight=weight)
+        entry = self.thread(wanted_ms, held_ms=0, weight=weight, beside=beside)
         entry.thread.state, entry.thread.try_at_ns = ThreadState.WAITING, 0
         self.grants.count(entry)
         return entry

@@ -2,6 +2,7 @@
 observer and the monitor are replaced; nobody's switches are recorded."""
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, cast
 
@@ -197,6 +198,16 @@ async def test_what_is_short_for_a_moment_is_tried_again(world: World) -> None:
     world.answers.put_nowait(Inference(40 * MS, confidence=1.0))
     await until(lambda: thread.period_origin == PeriodOrigin.INFERRED)
     assert len(world.observed) == 2
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+async def test_a_drain_that_is_short_of_something_is_no_try(world: World, number: int) -> None:
+    thread = world.attach()
+    for _ in range(7):
+        world.answers.put_nowait(OSError(number, "can't"))
+    world.answers.put_nowait(Inference(40 * MS, confidence=1.0))
+    await until(lambda: thread.period_origin == PeriodOrigin.INFERRED)
+    assert (len(world.observed), thread.tries, thread.reason) == (8, 0, "")
 
 
 async def test_one_that_ended_is_the_monitor_s_to_notice(world: World) -> None:

@@ -69,7 +69,7 @@ def test_the_sum_never_exceeds_what_was_measured(world: World) -> None:
     known(world, 1.3)
     world.host.cpus = 1.3
     for number in range(20):
-        world.waiting(80, weight=1 + 37 * number)
+        world.waiting(80, weight=100 + 37 * number)
     world.grants.apply(world.entries)
     assert world.host.highest <= 1.3
     assert sum(world.budgets()) == pytest.approx(130, abs=0.5)
@@ -90,21 +90,65 @@ def test_who_is_held_keeps_his_floor_and_who_waits_has_to(world: World) -> None:
     assert isinstance(refused[late.thread.tid], NoCapacityError)
     assert "not even its smallest budget" in late.thread.reason
     assert [one.thread.budget_ns for one in held] == [25 * MS] * 2
-    # And when there is not even that for the ones who are held: the kernel's least, until somebody leaves.
+    # And when there is not even that for the ones who are held: what their weights give them, until somebody leaves.
     known(world, 0.2)
     world.grants.apply([])
-    assert sorted(one.thread.budget_ns for one in held) == [LEAST_NS, 20 * MS]
+    assert [one.thread.budget_ns for one in held] == [10 * MS] * 2
+    known(world, 0.0)
+    world.grants.apply([])
+    assert [one.thread.budget_ns for one in held] == [LEAST_NS] * 2
 
 
 @pytest.mark.parametrize("period_ms", [49, 98, 103, 1425])
 def test_a_floor_that_fits_is_not_lost_to_rounding(world: World, period_ms: int) -> None:
     known(world, 0.5)
-    world.thread(80, weight=10_000, held_ms=10)
-    late = world.waiting(20, weight=1)
-    late.thread.config = rule_config(Policy(period_ns=period_ms * MS, initial_budget_ns=20 * MS, min_budget_ns=MS))
+    one = world.thread(80, held_ms=10)
+    late = world.waiting(60, beside=one)
+    floor_ns = 3 * period_ms * MS // 10
+    policy = Policy(period_ns=period_ms * MS, initial_budget_ns=2 * floor_ns, min_budget_ns=floor_ns)
+    late.thread.config = rule_config(policy)
+    late.thread.cells.sizing.wanted_ns = 2 * floor_ns
     world.grants.count(late)
     assert world.grants.apply([late]) == {}
-    assert late.thread.budget_ns == MS
+    assert late.thread.budget_ns == floor_ns
+    assert one.thread.budget_ns == pytest.approx(20 * MS, abs=10)
+
+
+def test_a_camera_beside_many_idle_threads_has_what_it_wants(world: World) -> None:
+    """Floors are a part of an attachment's share: who has many threads takes nothing from others by that."""
+    known(world, 1.8)
+    idle = world.thread(1)
+    for _ in range(177):
+        world.thread(1, beside=idle)
+    camera = world.waiting(50, weight=10_000)
+    assert world.grants.apply([camera]) == {}
+    assert camera.thread.budget_ns == 50 * MS
+    assert sum(world.budgets()) <= 180
+    assert min(world.budgets()) == pytest.approx(130 / 178, abs=0.01)
+
+
+def test_one_thread_beside_a_hundred_of_another_at_the_same_weight_has_the_half(world: World) -> None:
+    known(world, 1.0)
+    many = world.thread(80, held_ms=1)
+    for _ in range(99):
+        world.thread(80, held_ms=1, beside=many)
+    one = world.thread(80, held_ms=1)
+    world.grants.apply([one])
+    assert one.thread.budget_ns == 50 * MS
+    assert world.budgets()[:100] == [0.5] * 100  # below their floors, which do not fit
+    assert "shared by weight" in many.thread.reason
+
+
+def test_a_group_s_threads_wait_where_its_share_has_no_room_for_their_floors(world: World) -> None:
+    known(world, 1.0)
+    other = world.thread(80, held_ms=80)
+    first = world.waiting(80)
+    for _ in range(99):
+        world.waiting(80, beside=first)
+    refused = world.grants.apply(world.entries)
+    assert len(refused) == 50
+    assert other.thread.budget_ns == 50 * MS
+    assert world.budgets()[1:] == [1.0] * 50 + [0.0] * 50
 
 
 def test_a_suspended_guest_goes_to_the_floor_and_comes_back(world: World) -> None:

@@ -13,7 +13,7 @@ from deadlined.held import Attached
 from deadlined.journal import Journal
 from deadlined.rules import rule_config
 from edgehold.api.deadlined import Actuator, Policy, Rule, Target, TargetKind
-from edgehold.errors import FailedError, UnsupportedError
+from edgehold.errors import BadStateError, FailedError, UnsupportedError
 from edgehold.kernel import cgroup
 from edgehold.kernel.cgroup import Hierarchy
 from edgehold.kernel.native_held import HeldTable
@@ -90,13 +90,13 @@ class World:
         self.groups = Groups(clock=host, journal=journal, table=self.table, cycle_ns=CYCLE_NS)
         self.source = Source()
 
-    def attached(self, policy: Policy) -> Attached:
+    def attached(self, policy: Policy, number: int = 1) -> Attached:
         source = cast("CgroupSource", self.source)
         target = Target(kind=TargetKind.CGROUP, name="/a")
-        return Attached(id=1, target=target, policy=policy, config=rule_config(policy), source=source, begun=0)
+        return Attached(id=number, target=target, policy=policy, config=rule_config(policy), source=source, begun=0)
 
-    def attach(self, policy: Policy = POLICY) -> Attached:
-        one = self.attached(policy)
+    def attach(self, policy: Policy = POLICY, number: int = 1) -> Attached:
+        one = self.attached(policy, number)
         self.groups.attach(one, cast("CgroupSource", self.source))
         return one
 
@@ -236,3 +236,66 @@ def test_a_killed_predecessor_s_limits_are_taken_back(world: World) -> None:
     assert again.recover() == 1
     assert world.host.file.read_text() == "max 100000"
     assert (world.journal.quotas(), again.recover()) == ([], 0)
+
+
+def test_a_killed_predecessor_s_limit_is_found_whenever_it_was_killed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a write the journal has what will stand there, and what does."""
+    world.attach(FIXED)
+    one, told = world.attached(FIXED), []
+    one.policy = Policy(actuator=Actuator.CPU_MAX, rule=Rule.FIXED, initial_budget_ns=30 * MS)
+    world.groups.change(1, one.policy)
+
+    def write_at(group: int, name: str, text: str) -> None:
+        [row] = world.journal.quotas()
+        told.append((row.original, row.before, row.written))
+        world.host.write_at(group, name, text)
+
+    monkeypatch.setattr(cgroup, "write_at", write_at)
+    world.cycle()
+    world.cycle()
+    assert told == [("max 100000", "20000 100000", "30000 100000")]
+    assert world.host.file.read_text() == "30000 100000"
+
+
+def test_an_administrator_s_limit_survives_a_killed_predecessor(world: World) -> None:
+    world.attach()
+    world.host.file.write_text("70000 100000")
+    again = Groups(clock=world.host, journal=world.journal, table=world.table, cycle_ns=CYCLE_NS)
+    assert again.recover() == 0
+    assert world.host.file.read_text() == "70000 100000"
+    assert world.journal.quotas() == []
+
+
+def test_a_change_that_is_not_in_the_journal_is_not_written(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_row: object) -> None:
+        raise FailedError("the disk is full")
+
+    world.attach()
+    with monkeypatch.context() as patch:
+        patch.setattr(world.journal, "limit", full)
+        world.cycle(20)
+        assert (world.host.file.read_text(), world.reason) == ("10000 100000", "the disk is full")
+    world.groups.release(1)
+    assert world.host.file.read_text() == "max 100000"
+
+
+def test_a_group_is_limited_once_under_whatever_names(world: World) -> None:
+    """A second one would take the first one's limit for the group's own, and leave that behind."""
+    world.attach(FIXED)
+    with pytest.raises(BadStateError, match="attachment 1 has it as cgroup /a; detach that"):
+        world.attach(POLICY, number=2)
+    world.cycle(20)
+    status = world.groups.status(2)
+    assert status is not None
+    assert "attachment 1 has it" in status.reason
+    assert world.host.written == ["20000 100000"]
+    assert len(world.journal.quotas()) == 1
+    world.groups.release(1)
+    assert world.host.file.read_text() == "max 100000"
+    world.cycle(20)
+    assert world.host.file.read_text() == "10000 100000"  # its turn
+    world.groups.release(2)
+    assert world.host.file.read_text() == "max 100000"
+    assert world.journal.quotas() == []

@@ -9,6 +9,7 @@ import pytest
 
 from deadlined import journal as journal_module
 from deadlined.journal import Journal, Row
+from deadlined.quota import QuotaRow
 from deadlined.reservation import safe_gap_ns
 from edgehold.errors import FailedError, UnavailableError
 from edgehold.kernel.sched import Flag, Policy, SchedAttr
@@ -42,6 +43,38 @@ def test_a_release_is_of_one_thread_only(tmp_path: Path) -> None:
     journal.hold([ROW])
     journal.release([(42, 8, 0)])  # the id, used again by another thread
     assert journal.held() == [ROW]
+    journal.close()
+
+
+def test_what_was_a_group_s_and_what_is_ours(tmp_path: Path) -> None:
+    row = QuotaRow(
+        directory="/cg/a", device=1, inode=2, file="cpu.max", original="max 100000", period_ns=S // 10,
+        written="20000 100000", before="10000 100000",
+    )  # fmt: skip
+    first = Journal(tmp_path, boot_id="a")
+    first.limit(replace(row, written="10000 100000", before=""))
+    first.limit(row)
+    first.close()
+    second = Journal(tmp_path, boot_id="a")
+    assert second.quotas() == [row]
+    second.unlimit(replace(row, inode=3))  # another cgroup of this name
+    assert second.quotas() == [row]
+    second.unlimit(replace(row, directory="/mnt/a"))  # the same, through another mount
+    assert second.quotas() == []
+    second.close()
+
+
+def test_a_journal_of_before_gets_its_new_columns(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal.db", isolation_level=None)) as old:
+        old.executescript(
+            "CREATE TABLE boot (id TEXT NOT NULL); INSERT INTO boot VALUES ('a');"
+            "CREATE TABLE quotas (directory TEXT NOT NULL, device INTEGER NOT NULL, inode INTEGER NOT NULL,"
+            "file TEXT NOT NULL, original TEXT NOT NULL, period_ns INTEGER NOT NULL, PRIMARY KEY (directory, file));"
+            "INSERT INTO quotas VALUES ('/cg/a', 1, 2, 'cpu.max', 'max 100000', 100000000); PRAGMA user_version = 2"
+        )
+    journal = Journal(tmp_path, boot_id="a")
+    [row] = journal.quotas()
+    assert (row.original, row.written, row.before) == ("max 100000", "", "")
     journal.close()
 
 

@@ -132,15 +132,31 @@ def test_a_cgroup_that_was_removed(group: Group, file: Path) -> None:
 
 
 def test_restoring_by_the_journal(group: Group, file: Path) -> None:
-    file.write_text("50000 100000\n")
-    assert quota.restore(group.row)
-    assert file.read_text().startswith("max 100000")
+    file.write_text("")
+    group.set(50 * MS)
+    left = group.plan(60 * MS)
+    for ours in ("50000 100000\n", "60000 100000\n"):  # killed before the write, and after it
+        file.write_text(ours)
+        assert quota.restore(left)
+        assert file.read_text().startswith("max 100000")
     for others in ("max 100000", "50000 20000", "nonsense"):
         file.write_text(others)
-        assert not quota.restore(group.row)
+        assert not quota.restore(left)
         assert file.read_text() == others
     shutil.rmtree(file.parent)
-    assert not quota.restore(group.row)
+    assert not quota.restore(left)
+
+
+def test_an_administrator_s_limit_of_the_same_period_stays(group: Group, file: Path) -> None:
+    file.write_text("")
+    group.set(50 * MS)
+    left = group.plan(60 * MS)
+    for others in ("70000 100000\n", "0 100000\n"):
+        file.write_text(others)
+        assert not quota.restore(left)
+        assert file.read_text() == others
+    file.write_text("50000 100000\n")
+    assert not quota.restore(group.row)  # nothing was ever written
 
 
 def test_another_cgroup_of_the_same_name_is_not_restored(group: Group, file: Path) -> None:
@@ -152,6 +168,7 @@ def test_another_cgroup_of_the_same_name_is_not_restored(group: Group, file: Pat
         file="cpu.max",
         original="max 100000",
         period_ns=PERIOD_NS,
+        written="50000 100000",
     )
     assert not quota.restore(row)
     assert file.read_text() == "50000 100000"

@@ -196,3 +196,66 @@ def test_a_refusal_that_is_not_of_capacity_is_no_reason_to_probe(world: World, m
     monkeypatch.setattr(world.host, "enter", lambda *_values: DeniedError("EPERM: pinned"))
     assert isinstance(world.grants.apply([one])[one.thread.tid], DeniedError)
     assert not world.grants.probe_wanted()
+
+
+def test_a_refused_change_of_a_pinned_thread_is_no_reason_to_probe_and_is_asked_for_seldom(world: World) -> None:
+    known(world, 1.8)
+    one = world.thread(10)
+    world.host.pinned.add(one.thread.tid)
+    for number in range(20):  # half a second each
+        world.grants.apply([world.wants(one, 20 + number)])
+        assert one.thread.reason == "EPERM: pinned"
+        assert not world.grants.probe_wanted()
+        world.host.now_ns += S // 2
+    assert len(world.host.calls) == 2
+    world.host.pinned.clear()
+    assert pending(world)  # 5 s are over, though its need has not changed
+    world.grants.apply([])
+    assert (world.budgets(), one.thread.reason, pending(world)) == ([39.0], "", False)
+
+
+def test_a_pinned_thread_that_wants_what_it_has_is_left_alone(world: World) -> None:
+    one = world.thread(10)
+    world.host.pinned.add(one.thread.tid)
+    world.grants.apply([world.wants(one, 20)])
+    world.grants.apply([world.wants(one, 10)])
+    world.host.now_ns += 10 * S
+    assert (one.thread.reason, pending(world)) == ("", False)
+
+
+def test_a_pinned_thread_keeps_its_reason_where_it_is_crowded(world: World) -> None:
+    known(world, 1.0)
+    one = world.thread(10)
+    world.thread(80), world.thread(80)
+    world.host.pinned.add(one.thread.tid)
+    for _ in range(3):
+        world.grants.apply([world.wants(one, 20)])
+        assert one.thread.reason == "EPERM: pinned"
+        world.host.now_ns += S
+    assert [tid for tid, _ in world.host.calls].count(one.thread.tid) == 1
+
+
+def test_probes_that_do_not_help_come_after_ever_longer_times(world: World) -> None:
+    """Each takes for a moment what everybody on the host could want."""
+    known(world, 1.8)
+    world.host.cpus = 0.2
+    one = world.thread(10)
+    world.wants(one, 80)
+    times = []
+    for second in range(600):
+        world.grants.apply([]) if second else world.grants.apply([one])
+        if world.grants.probe_wanted():
+            times.append(second)
+            known(world, 1.8)
+        world.host.now_ns += S
+    assert times[:4] == [2, 7, 16, 33]
+    assert times[-1] - times[-2] in {120, 121}
+    # One helped: the next trouble is a new one.
+    world.host.cpus = 1.8
+    world.grants.apply([])
+    assert not pending(world)
+    world.host.now_ns += 20 * S
+    world.host.cpus = 0.1
+    world.grants.apply([world.wants(one, 90)])
+    world.host.now_ns += 2 * S
+    assert world.grants.probe_wanted()

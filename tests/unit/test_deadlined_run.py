@@ -9,6 +9,7 @@ import pytest
 
 from deadlined import leftovers
 from deadlined.cli_run import sized, table_of
+from deadlined.config import Settings
 from deadlined.journal import Journal, Row
 from deadlined.run import Report, measured
 from edgehold.api.deadlined import Policy, Sample, ThreadState
@@ -104,6 +105,10 @@ def test_who_has_no_session_is_told_what_is_missing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
     assert leftovers.base() == directory / "deadlined/run"
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert leftovers.base() == Path("/run/deadlined-run")
+    assert not leftovers.base().is_relative_to(Path(Settings().socket).parent)  # which goes when the daemon stops
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     with pytest.raises(UnavailableError, match="XDG_RUNTIME_DIR"):
         leftovers.base()

@@ -11,11 +11,11 @@ import pytest_asyncio
 from deadlined.config import Settings
 from deadlined.service import Service
 from edgehold.api.deadlined import AttachRequest, Target, TargetKind
-from edgehold.errors import FailedError
+from edgehold.errors import BadStateError, FailedError
 from edgehold.kernel import capacity, procfs
 from edgehold.kernel.procfs import ThreadStat
 from edgehold.service import Runtime
-from tests.unit.deadlined_kernel import EMPTY, TIDS
+from tests.unit.deadlined_kernel import EMPTY, TIDS, Scripted
 
 
 @pytest_asyncio.fixture
@@ -60,3 +60,22 @@ async def test_an_attach_without_a_descriptor_is_an_answer(service: Service, mon
     with pytest.raises(FailedError, match="descriptor"):
         await service.attach(AttachRequest(target=Target(kind=TargetKind.THREAD, id=TIDS[0])))
     assert service.attachments() == []
+
+
+async def test_a_unit_is_one_target_under_both_of_its_names(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unit(_name: str, *, must_exist: bool = True) -> Scripted:
+        assert must_exist
+        return Scripted(wanted=())
+
+    def request(name: str) -> AttachRequest:
+        return AttachRequest(target=Target(kind=TargetKind.UNIT, name=name))
+
+    monkeypatch.setattr(service.units, "open", unit)
+    one = await service.attach(request("nginx"))
+    assert one.target.name == "nginx.service"
+    assert [kept.target for kept in service.keep.all()] == [one.target]
+    for name in ("nginx", "nginx.service"):
+        with pytest.raises(BadStateError, match=r"unit nginx\.service is attached already"):
+            await service.attach(request(name))
+    service.detach(one.id)
+    assert service.keep.all() == []

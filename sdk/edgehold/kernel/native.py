@@ -34,11 +34,13 @@ class RawLeft(NamedTuple):
     state: str
     """The state letter (proc_pid_stat(5)) by which the way was chosen."""
     step_errno: int
-    """0, or why the step before (shrink or grow) was refused; it does not stop the leaving."""
+    """0, or why the step before (shrink or grow) was refused; only a refused shrink stops the leaving."""
     fallback: bool
     """The wanted policy was refused and the thread is in SCHED_OTHER instead."""
     errno: int
     """0, or why the wanted policy was refused."""
+    stayed: bool = False
+    """It sleeps and ``if_asleep`` was refused: nothing was changed."""
 
 
 class RawSchedstat(NamedTuple):
@@ -84,7 +86,8 @@ def sched_leave(
     """Read the thread's state, take the step that the state asks for, set ``wanted``: three calls back to back.
 
     ``stat_fd`` is the thread's open ``/proc/<tid>/stat``. A refused ``wanted`` ends in SCHED_OTHER and is told in the
-    result, so that a step never stays alone.
+    result, so that a step never stays alone. A sleeping thread for which ``if_asleep`` is refused stays as it is: to
+    leave all the same is to call again with ``if_asleep=None``.
 
     Raises:
         OSError: the thread is gone, or nothing at all could be changed.
@@ -100,7 +103,7 @@ def sched_leave(
     )
     if result < 0 and not left.fallback:
         raise _fail("sched_setattr", tid, -result)
-    return RawLeft(chr(left.state), left.step_error, bool(left.fallback), -result)
+    return RawLeft(chr(left.state), left.step_error, bool(left.fallback), -result, bool(left.stayed))
 
 
 class SchedstatBatch:

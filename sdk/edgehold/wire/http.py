@@ -1,10 +1,13 @@
 """HTTP for daemons: an aiohttp application with our errors, roles, health and metrics, served on a unix socket."""
 
+import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
+from typing import cast
 
 import msgspec
 from aiohttp import web
@@ -17,6 +20,10 @@ from edgehold.wire.control import bind_unix
 from edgehold.wire.peer import Peer, Role, Roles, peer_of, require
 
 MAX_BODY_BYTES = 64 * 1024
+MAX_CONNECTIONS = 256
+"""Of all users together; the last `ROOT_CONNECTIONS` of them are root's and the daemon's own user's."""
+ROOT_CONNECTIONS = 16
+MAX_CONNECTIONS_OF_A_USER = 64
 REQUEST_ID = "c1c6b0f2a5b84f0a9f6d2f3f5f0f6a11"
 """MESSAGE_ID of a request that changes something."""
 
@@ -141,16 +148,66 @@ _log = logging.getLogger(__name__)
 _log.addFilter(_is_ours)
 
 
+class _Doors:
+    """Counts connections when they are made: who may do nothing must not hold all the descriptors of a daemon."""
+
+    def __init__(self, handlers: Callable[[], asyncio.BaseProtocol]) -> None:
+        self.handlers = handlers
+        self._open: dict[asyncio.Transport, int | None] = {}
+        """Whose each is; None: not a unix socket's."""
+        self._told_full = False
+
+    def admits(self, transport: asyncio.Transport) -> bool:
+        """Count the connection; not if it is one too many."""
+        # Not is_closing(): one that is closed has its descriptor until the peer has read what is left.
+        self._open = {one: uid for one, uid in self._open.items() if one.get_extra_info("socket").fileno() >= 0}
+        sock = transport.get_extra_info("socket")
+        uid = peer_of(sock).uid if sock.family == socket.AF_UNIX else None
+        ours = uid in {0, os.geteuid()}
+        full = len(self._open) >= (MAX_CONNECTIONS if ours else MAX_CONNECTIONS - ROOT_CONNECTIONS)
+        if uid is not None and not ours:
+            full |= list(self._open.values()).count(uid) >= MAX_CONNECTIONS_OF_A_USER
+        if full and not self._told_full:
+            _log.warning("refusing connections, %d are open; told once until one is accepted again", len(self._open))
+        self._told_full = full
+        if not full:
+            self._open[transport] = uid
+        return not full
+
+
+class _Door(asyncio.Protocol):
+    """A connection until it is admitted."""
+
+    def __init__(self, doors: _Doors) -> None:
+        self._doors = doors
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        connection = cast("asyncio.Transport", transport)  # create_server's are
+        if not self._doors.admits(connection):
+            connection.abort()
+            return
+        handler = self._doors.handlers()
+        connection.set_protocol(handler)
+        handler.connection_made(connection)
+
+
 @contextlib.asynccontextmanager
 async def serve(app: web.Application, listener: socket.socket | Path, *, mode: int = 0o660) -> AsyncIterator[None]:
-    """Serve the application on a listening socket, or on a unix socket made at the path, until the block ends."""
+    """Serve the application on a listening socket, or on a unix socket made at the path, until the block ends.
+
+    A connection that is one too many (`MAX_CONNECTIONS`, `MAX_CONNECTIONS_OF_A_USER`) is closed at once.
+    """
     sock = bind_unix(listener, mode=mode) if isinstance(listener, Path) else listener
     runner = web.AppRunner(app, access_log=None, logger=_log, handle_signals=False, shutdown_timeout=2.0)
     await runner.setup()
+    doors = _Doors(cast("web.Server", runner.server))  # set up, it has one
+    server: asyncio.Server | None = None
     try:
-        await web.SockSite(runner, sock).start()
+        server = await asyncio.get_running_loop().create_server(lambda: _Door(doors), sock=sock, backlog=128)
         yield
     finally:
+        if server is not None:
+            server.close()
         await runner.cleanup()
         sock.close()
         if isinstance(listener, Path):
