@@ -113,9 +113,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     cap: Annotated[float, msgspec.Meta(gt=0, le=0.95)] = 0.8
     """The largest share of the period that one thread may be given; of a group, for each of the host's CPUs."""
     min_budget_ns: Annotated[int, msgspec.Meta(ge=DL_MIN_RUNTIME_NS, le=DL_MAX_PERIOD_NS)] = 1 * NS_PER_MS
-    """The floor: an idle thread keeps this much."""
+    """The floor: an idle thread keeps this much, as far as its attachment's share goes where the host is full."""
     weight: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
-    """Its part where the host can't give everybody what he needs, as of cpu.weight (cgroup-v2.rst)."""
+    """The attachment's part where the host can't give everybody what he needs, as of cpu.weight (cgroup-v2.rst)."""
     actuator: Actuator = Actuator.DEADLINE
     dry_run: bool = False
     """Only measure and tell what would be set; nothing is changed."""
@@ -298,11 +298,13 @@ class DeadlinedClient:
 
         ``policy``: a whole one, or a dict of some of its fields; the rest is as deadlined's settings have it.
 
+        A thread for which there is no bandwidth waits, with the reason, and is held when there is.
+
         Raises:
             NotFoundError: no such thread, process or partition.
             BadStateError: it is attached already, or in SCHED_DEADLINE by somebody else.
             DeniedError: the kernel refuses (privilege, pinning); the text has the cure.
-            NoCapacityError: not even the initial budget fits.
+            NoCapacityError: as many targets are attached as deadlined's settings allow.
             UnavailableError: the partition's vmand, or the domain's libvirt, is away.
             UnsupportedError: this host lacks what the target or the actuator needs; the text says what.
         """
