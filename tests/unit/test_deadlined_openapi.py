@@ -80,7 +80,7 @@ def test_bodies_are_the_contract_s() -> None:
 
 
 def test_fields_have_the_texts_of_the_contract() -> None:
-    assert SCHEMAS["Policy"]["properties"]["weight"]["description"].startswith("Its part where the host")
+    assert SCHEMAS["Policy"]["properties"]["weight"]["description"].startswith("The attachment's part where the host")
     assert "- `reference`: The document's" in SCHEMAS["Rule"]["description"]
     assert "``" not in openapi.text()
 
