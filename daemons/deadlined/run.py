@@ -179,7 +179,8 @@ class _Run:
         self._engine.soon()
         self._note()
         for tid, error in refused.items():
-            log.warning("thread %d is not held yet: %s", tid, error)
+            if not isinstance(error, GoneError):  # a command that is over at once is no fault
+                log.warning("thread %d is not held yet: %s", tid, error)
 
     def _note(self) -> None:
         """What is known of the threads now: who ends is forgotten by the monitor."""

@@ -26,7 +26,7 @@ from edgehold.errors import (
 )
 from edgehold.kernel import procfs, sched
 from edgehold.kernel.sched import SchedAttr
-from edgehold.testing.capability import guest_image, need_command, need_root
+from edgehold.testing.capability import guest_image, need_command, need_open_root, need_root
 from edgehold.testing.daemons import Daemon, private_directory
 from edgehold.testing.load import eventually
 from edgehold.testing.partitions import PrivateVmand
@@ -49,6 +49,7 @@ DOMAIN = """<domain type='qemu'>
 async def libvirt() -> AsyncIterator[Libvirt]:
     """Both daemons; a test ends its own guests."""
     need_root()
+    need_open_root()  # libvirt looks at QEMU as another user
     need_libvirt_python()
     guest_image(ROOT)
     for program, package in (("libvirtd", "libvirt-daemon-system"), ("qemu-system-x86_64", "qemu-system-x86")):
