@@ -41,7 +41,7 @@ struct eh_sizing {
     uint32_t phase;
     uint32_t looks; /* short windows in a row */
     uint32_t saturated; /* the last window was */
-    uint32_t reserved;
+    uint32_t provisional; /* the only sample is the first one: the second replaces it */
     uint64_t samples_ns[EH_WINDOW_MAX];
 };
 

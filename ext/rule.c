@@ -163,6 +163,11 @@ static void follow(const struct eh_rule *rule, struct eh_sizing *sizing, uint64_
     double raise = rule->overallocation / 4 < RAISE_BAND_MAX ? rule->overallocation / 4 : RAISE_BAND_MAX;
     double now = (double)sizing->wanted_ns, wanted;
 
+    /* The first window may begin and end in the middle of a job, whose time is known to a tick only; the next ones lie in
+     * the cycle. So it gives a budget at once, and is not remembered beyond the second. */
+    if (sizing->provisional)
+        sizing->filled = sizing->next = 0;
+    sizing->provisional = !sizing->filled && !sizing->provisional;
     push(sizing, rule, executed_ns);
     wanted = (double)bounded((double)largest(sizing) * (1 + rule->overallocation), rule);
     if (wanted > now * (1 + raise) || wanted < now * LOWER_BAND)
@@ -187,7 +192,7 @@ static int fast(const struct eh_rule *rule, struct eh_sizing *sizing, const stru
         sizing->saturated = 1;
         sizing->looks = before == EH_PHASE_SATURATED ? sizing->looks + 1 : 0;
         sizing->phase = EH_PHASE_SATURATED;
-        sizing->filled = sizing->next = 0;
+        sizing->filled = sizing->next = sizing->provisional = 0;
         jump(rule, sizing, window->budget_ns);
         return sizing->looks < LOOKS_MAX;
     }

@@ -34,6 +34,7 @@ class Model:
         self._samples: deque[int] = deque(maxlen=config.window)
         self._phase = "begin" if begins else "steady"
         self._looks = 0
+        self._provisional = False
 
     def step(self, window: Window) -> int:
         """One window; the budget from now on."""
@@ -88,6 +89,7 @@ class Model:
             self._looks = self._looks + 1 if before == "saturated" else 0
             self._phase = "saturated"
             self._samples.clear()
+            self._provisional = False
             wanted = self._bounded(40 * window.budget_ns) if window.budget_ns else self.config.max_budget_ns
             self.wanted_ns = max(self.wanted_ns, wanted)
             self.again = self._looks < 10
@@ -95,6 +97,9 @@ class Model:
         self._phase = "steady"
         if before != "steady":
             return  # a backlog's end, or a short look
+        if self._provisional:  # the first one alone: the second replaces it
+            self._samples.clear()
+        self._provisional = not self._samples and not self._provisional
         self._samples.append(executed)
         over = self.config.overallocation
         wanted = self._bounded(max(self._samples) * (1 + over))
