@@ -12,6 +12,7 @@
 #define MULTIPLIER_MAX ((uint64_t)1 << 40)
 /* A lower budget than this part of the present one is worth a system call, a higher one sooner: it is the safe side. */
 #define LOWER_BAND 0.95
+#define FIRST_LOWER_BAND 0.99
 #define RAISE_BAND_MAX 0.05
 /* The shares of the budget from which on a thread may be short of it. */
 #define SATURATED_SHARE 0.75
@@ -162,15 +163,16 @@ static void follow(const struct eh_rule *rule, struct eh_sizing *sizing, uint64_
 {
     double raise = rule->overallocation / 4 < RAISE_BAND_MAX ? rule->overallocation / 4 : RAISE_BAND_MAX;
     double now = (double)sizing->wanted_ns, wanted;
+    int second = sizing->provisional;
 
     /* The first window may begin and end in the middle of a job, whose time is known to a tick only; the next ones lie in
      * the cycle. So it gives a budget at once, and is not remembered beyond the second. */
-    if (sizing->provisional)
+    if (second)
         sizing->filled = sizing->next = 0;
-    sizing->provisional = !sizing->filled && !sizing->provisional;
+    sizing->provisional = !sizing->filled && !second;
     push(sizing, rule, executed_ns);
     wanted = (double)bounded((double)largest(sizing) * (1 + rule->overallocation), rule);
-    if (wanted > now * (1 + raise) || wanted < now * LOWER_BAND)
+    if (wanted > now * (1 + raise) || wanted < now * (second ? FIRST_LOWER_BAND : LOWER_BAND))
         sizing->wanted_ns = (uint64_t)wanted;
 }
 

@@ -97,13 +97,15 @@ class Model:
         self._phase = "steady"
         if before != "steady":
             return  # a backlog's end, or a short look
-        if self._provisional:  # the first one alone: the second replaces it
+        second = self._provisional  # the first one alone: the second replaces it
+        if second:
             self._samples.clear()
-        self._provisional = not self._samples and not self._provisional
+        self._provisional = not self._samples and not second
         self._samples.append(executed)
         over = self.config.overallocation
         wanted = self._bounded(max(self._samples) * (1 + over))
-        if wanted > self.wanted_ns * (1 + min(over / 4, 0.05)) or wanted < self.wanted_ns * 0.95:
+        lower = 0.99 if second else 0.95
+        if wanted > self.wanted_ns * (1 + min(over / 4, 0.05)) or wanted < self.wanted_ns * lower:
             self.wanted_ns = wanted
         waited = bool(window.throttled) or window.run_delay_ns > 0.05 * window.elapsed_ns
         suspected = executed >= 0.93 * window.budget_ns and waited
