@@ -71,11 +71,7 @@ int eh_thread_state(int32_t tid)
 
     if (length < 0)
         return (int)length;
-    /* A name may hold ") R" itself: the last parenthesis ends it. */
-    for (ssize_t at = length - 1; at >= 0; at--)
-        if (head[at] == ')')
-            return at + 2 < length ? (unsigned char)head[at + 2] : -EPROTO;
-    return length ? -EPROTO : -ESRCH;
+    return length ? eh_state_letter(head, length) : -ESRCH;
 }
 
 int eh_is_throttled(int32_t tid)
@@ -289,7 +285,6 @@ int eh_pass(struct eh_held *table, int rows, struct eh_pass *pass, struct eh_tod
     if (by_record)
         index_tasks(pass);
     pass->next_due_ns = 0;
-    pass->read = 0;
     for (int i = 0; i < rows; i++) {
         struct eh_held *row = &table[i];
         struct seen seen;
@@ -303,10 +298,8 @@ int eh_pass(struct eh_held *table, int rows, struct eh_pass *pass, struct eh_tod
             if (!what) {
                 if (!by_record)
                     now = now_ns();
-                row->sampled_ns = now;
                 what = watch(row, &seen, now) | (by_record ? 0 : check(row, now));
                 row->executed_total_ns = seen.executed_ns;
-                row->run_delay_total_ns = seen.run_delay_ns;
                 if (row->flags & EH_FROZEN) {
                     row->base_ns = row->due_ns = 0;
                     row->place = EH_PLACE_CYCLE;

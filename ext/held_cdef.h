@@ -66,9 +66,7 @@ struct eh_held {
     struct eh_rule rule;
     uint64_t budget_ns; /* in force; 0: none */
     uint64_t told_ns;   /* the last wanted_ns that was told */
-    uint64_t sampled_ns;
     uint64_t executed_total_ns;
-    uint64_t run_delay_total_ns;
     uint64_t base_ns; /* where the window began; 0: with the next sample */
     uint64_t base_executed_ns;
     uint64_t base_run_delay_ns;
@@ -131,8 +129,6 @@ struct eh_pass {
     uint64_t history_size;
     uint64_t history_written; /* counts for ever; the newest is at (history_written - 1) % history_size */
     uint64_t next_due_ns;     /* out: the first end of a short window; 0: none */
-    uint32_t read;            /* out: rows that were read by their descriptor */
-    uint32_t reserved;
 };
 
 /* Samples, applies the rules and fills in what is to be done: at most one entry a row, so `todo` has room for `rows`. */

@@ -59,6 +59,15 @@ int eh_sched_getattr(int32_t tid, struct eh_sched_attr *attr)
     return syscall(EH_NR_SCHED_GETATTR, tid, attr, sizeof(*attr), 0) == 0 ? 0 : -errno;
 }
 
+int eh_state_letter(const char *head, ssize_t length)
+{
+    /* The comm may itself contain ") R": the last parenthesis of the file is the one that ends it. */
+    for (ssize_t at = length - 1; at >= 0; at--)
+        if (head[at] == ')')
+            return at + 2 < length ? (unsigned char)head[at + 2] : -EPROTO;
+    return -EPROTO;
+}
+
 /* The state letter of an open /proc/<tid>/stat, or -errno. */
 static int thread_state(int stat_fd)
 {
@@ -67,11 +76,7 @@ static int thread_state(int stat_fd)
 
     if (length < 0)
         return -errno;
-    /* The comm may itself contain ") R": the last parenthesis of the file is the one that ends it. */
-    for (ssize_t at = length - 1; at >= 0; at--)
-        if (head[at] == ')')
-            return at + 2 < length ? (unsigned char)head[at + 2] : -EPROTO;
-    return -EPROTO;
+    return eh_state_letter(head, length);
 }
 
 /*

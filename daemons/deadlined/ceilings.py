@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from edgehold.clock import NS_PER_S
-from edgehold.kernel import cgroup
+from edgehold.kernel import cgroup, procfs
 from edgehold.kernel.cgroup import Hierarchy
 from edgehold.kernel.procfs import GoneError
 
@@ -217,7 +217,7 @@ def _directly_in(where: Hierarchy, path: str) -> set[int]:
     except OSError:
         return set()
     try:
-        return set(map(int, cgroup.read_at(group, where.threads_file).split()))
+        return set(map(int, procfs.read_at(group, where.threads_file).split()))
     except OSError:
         return set()
     finally:

@@ -37,12 +37,7 @@ def sized(given: Mapping[str, Any]) -> Policy:
     Raises:
         BadRequestError: it can't be; names the options.
     """
-    fields = policy(given)
-    default = policy_of({name: fields[name] for name in ("period_ns", "cap") if name in fields}, Policy())
-    largest = int(default.cap * default.first_period_ns)
-    fields.setdefault("initial_budget_ns", max(min(default.initial_budget_ns, largest), fields.get("min_budget_ns", 0)))
-    fields.setdefault("min_budget_ns", min(default.min_budget_ns, fields["initial_budget_ns"]))
-    wanted = policy_of(fields, Policy())
+    wanted = policy_of(policy(given), Policy())
     if problem := rule_config(wanted).problem():
         raise BadRequestError(in_options(problem))
     return wanted

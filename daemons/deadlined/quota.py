@@ -178,7 +178,7 @@ class Group:
 
     def _read(self) -> str:
         try:
-            return cgroup.read_at(self._group, self.row.file).decode("ascii", errors="replace").strip()
+            return procfs.read_at(self._group, self.row.file).decode("ascii", errors="replace").strip()
         except OSError as error:
             raise self._gone(error) from error
 
@@ -199,7 +199,7 @@ class Group:
 
     def _burst_us(self) -> int:
         try:
-            return int(cgroup.read_at(self._group, "cpu.max.burst"))
+            return int(procfs.read_at(self._group, "cpu.max.burst"))
         except (OSError, ValueError):
             return 0
 
@@ -255,7 +255,7 @@ def open_group(
             device=found.st_dev,
             inode=found.st_ino,
             file=actuator.value,
-            original=cgroup.read_at(group, actuator.value).decode("ascii", errors="replace").strip(),
+            original=procfs.read_at(group, actuator.value).decode("ascii", errors="replace").strip(),
             period_ns=period_ns,
         )
     except OSError as error:
@@ -302,7 +302,7 @@ def restore(row: QuotaRow) -> bool:
         found = os.fstat(group)
         if (found.st_dev, found.st_ino) != (row.device, row.inode):
             return False
-        text = cgroup.read_at(group, row.file).decode("ascii", errors="replace").strip()
+        text = procfs.read_at(group, row.file).decode("ascii", errors="replace").strip()
         ours = [cgroup.parse_cpu_max(one) for one in (row.written, row.before) if one]
         if cgroup.parse_cpu_max(text) not in ours or text == row.original:
             return False

@@ -177,7 +177,7 @@ def _children(one: _Member) -> list[int]:
     found: list[int] = []
     for tid in one.tids:
         try:
-            found += map(int, _read(one.directory, f"task/{tid}/children").split())
+            found += map(int, procfs.read_at(one.directory, f"task/{tid}/children").split())
         except OSError as error:
             if not procfs.is_gone(error):
                 raise
@@ -190,21 +190,10 @@ def _status(directory: int, pid: int) -> tuple[int, bool]:
     Raises:
         OSError: see `procfs.is_gone`.
     """
-    fields = dict(line.split(b":", 1) for line in _read(directory, "status").splitlines() if b":" in line)
+    fields = dict(line.split(b":", 1) for line in procfs.read_at(directory, "status").splitlines() if b":" in line)
     if int(fields.get(b"Tgid", b"0")) != pid:
         return 0, False
     return int(fields.get(b"PPid", b"0")), fields.get(b"State", b"").strip()[:1] in {b"Z", b"X", b"x"}
-
-
-def _read(directory: int, name: str) -> bytes:
-    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        parts = []
-        while part := os.read(fd, 65536):
-            parts.append(part)
-        return b"".join(parts)
-    finally:
-        os.close(fd)
 
 
 def open_tree(pid: int, *, births: Births, clock: Clock | None = None) -> TreeSource:

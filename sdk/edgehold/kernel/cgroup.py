@@ -139,18 +139,6 @@ def open_group(directory: str) -> int:
     return os.open(directory, _DIRECTORY)
 
 
-def read_at(group: int, name: str) -> bytes:
-    """A whole file of an open cgroup. Raises `OSError`; see `is_gone`."""
-    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=group)
-    try:
-        parts = []
-        while part := os.read(fd, 65536):
-            parts.append(part)
-        return b"".join(parts)
-    finally:
-        os.close(fd)
-
-
 def write_at(group: int, name: str, text: str) -> None:
     """Write a file of an open cgroup, which must be there: on no file system a new one is made. Raises `OSError`."""
     fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=group)
@@ -174,7 +162,7 @@ def threads(group: int, threads_file: str) -> list[int]:
 
 
 def _collect(group: int, threads_file: str, found: set[int], depth: int) -> None:
-    found.update(map(int, read_at(group, threads_file).split()))
+    found.update(map(int, procfs.read_at(group, threads_file).split()))
     if depth == 0 or os.fstat(group).st_nlink == _LEAF_LINKS:
         return
     with os.scandir(group) as entries:

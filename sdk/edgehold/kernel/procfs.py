@@ -53,18 +53,23 @@ def is_exhausted(error: OSError) -> bool:
 def read(path: str, what: str) -> bytes:
     """A whole file of a task. Raises `GoneError`; ``what`` is the task in its text."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            parts = []
-            while part := os.read(fd, 65536):
-                parts.append(part)
-            return b"".join(parts)
-        finally:
-            os.close(fd)
+        return read_at(None, path)
     except OSError as error:
         if is_gone(error):
             raise GoneError(f"{what} does not exist (any more)") from None
         raise
+
+
+def read_at(directory: int | None, name: str) -> bytes:
+    """A whole file, by its name in an open directory (None: by its path). Raises `OSError`."""
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        parts = []
+        while part := os.read(fd, 65536):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(fd)
 
 
 def parse_stat(data: bytes) -> ThreadStat:
