@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS quotas (
     original TEXT NOT NULL, period_ns INTEGER NOT NULL,
     written TEXT NOT NULL DEFAULT '', before TEXT NOT NULL DEFAULT '', PRIMARY KEY (directory, file));
 """
+_VERSION = 3
 # Only these say that the file itself is no journal any more. A full disk, a lock, a failing read say nothing about it.
 _BROKEN = frozenset({sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT})
 # Nobody else has business in it; who looks into it by hand must not stop the cycle for long.
@@ -98,8 +99,14 @@ class Journal:
         try:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = OFF")  # see the module's text: durable against our death, not the host's
+            found = db.execute("PRAGMA user_version").fetchone()[0]
+            if found > _VERSION:
+                raise FailedError(
+                    f"{path}: written by a newer deadlined (version {found}, ours is {_VERSION}); install that one "
+                    "again, or remove the file after a restart of the host, which frees all that was held"
+                )
             db.executescript(_SCHEMA)
-            if db.execute("PRAGMA user_version").fetchone()[0] < 3:
+            if found < _VERSION:
                 columns = [row[1] for row in db.execute("PRAGMA table_info(held)")]
                 if "also_period_ns" not in columns:
                     db.execute("ALTER TABLE held ADD COLUMN also_period_ns INTEGER NOT NULL DEFAULT 0")
@@ -107,7 +114,7 @@ class Journal:
                 for name in ("written", "before"):
                     if name not in columns:
                         db.execute(f"ALTER TABLE quotas ADD COLUMN {name} TEXT NOT NULL DEFAULT ''")
-                db.execute("PRAGMA user_version = 3")
+                db.execute(f"PRAGMA user_version = {_VERSION}")
             if [row[0] for row in db.execute("SELECT id FROM boot")] != [boot_id]:
                 db.executescript("DELETE FROM held; DELETE FROM gaps; DELETE FROM quotas; DELETE FROM boot")
                 db.execute("INSERT INTO boot VALUES (?)", (boot_id,))

@@ -43,7 +43,10 @@ class Store:
             self._db.execute("PRAGMA synchronous=FULL")
             found = int(self._db.execute("PRAGMA user_version").fetchone()[0])
             if found > _VERSION:
-                raise FailedError(f"{path}: written by a newer vmand (version {found}, ours is {_VERSION})")
+                raise FailedError(
+                    f"{path}: written by a newer vmand (version {found}, ours is {_VERSION}); install that one again, "
+                    "or restore a backup that this one wrote"
+                )
             self._db.executescript(_SCHEMA)
             self._db.execute(f"PRAGMA user_version={_VERSION}")
         except sqlite3.Error as error:

@@ -4,4 +4,10 @@ Importing this package imports nothing else: take what you need from its modules
 ``from edgehold.api.vmand import VmandClient``.
 """
 
+import sys
+
 __version__ = "0.1.0"
+
+if __file__.startswith("/usr/lib/python3/"):
+    # Debian's package of the SDK has its own needs beside it; what the importing program brings comes first.
+    sys.path.append("/usr/lib/edgehold/vendor")

@@ -78,6 +78,18 @@ def test_a_journal_of_before_gets_its_new_columns(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_a_journal_of_a_newer_deadlined_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    Journal(tmp_path, boot_id="a").close()
+    path = tmp_path / "journal.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as newer:
+        newer.executescript("ALTER TABLE held RENAME TO kept; PRAGMA user_version = 4")
+    with pytest.raises(FailedError, match=r"newer deadlined \(version 4, ours is 3\)"):
+        Journal(tmp_path, boot_id="a")
+    with contextlib.closing(sqlite3.connect(path)) as still:
+        assert not still.execute("SELECT 1 FROM sqlite_master WHERE name = 'held'").fetchall()
+    assert not path.with_name("journal.db.broken").exists()
+
+
 def test_nothing_of_another_boot(tmp_path: Path) -> None:
     first = Journal(tmp_path, boot_id="a")
     first.hold([ROW])
