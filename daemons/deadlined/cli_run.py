@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # loading it takes a tenth of a second
     from deadlined.run import Report
 
 _HEADER = ("TID", "NAME", "STATE", "MEAN/ms", "PEAK/ms", "PERIOD/ms", "WANTED/ms", "BUDGET/ms")
+# What the daemon's unit gives it too: policies are changed by the first, and root's files are written by the second.
+_RIGHTS = "+sys_nice,+dac_override"
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 _REPORT = options(
@@ -103,7 +106,9 @@ def _ms(ns: int) -> str:
 
 
 @click.command(short_help="Restore what a killed deadlined left.", context_settings=_CONTEXT)
-@click.option("--config", type=click.Path(path_type=Path), help="deadlined's settings: where its journal is.")
+@click.option(
+    "--config", type=click.Path(path_type=Path, readable=False), help="deadlined's settings: where its journal is."
+)
 def recover(*, config: Path | None) -> None:
     """Give back what a deadlined, or a `deadlined run`, that was killed has left: each thread its own policy, each
     group its own limit. What is restored is told. It does no harm where nothing is.
@@ -114,6 +119,7 @@ def recover(*, config: Path | None) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="deadlined: %(message)s")
     settings = load(config)
+    _become_owner(Path(settings.state_dir))
     clock = SystemClock()
     try:
         engine = Engine(clock, Path(settings.state_dir), cycle_ms=500, fast_cycle_ms=0, history=1, max_threads=1)
@@ -130,6 +136,32 @@ def recover(*, config: Path | None) -> None:
     if left:
         click.echo(f"not restored: {left}; see above, and try again", err=True)
         raise click.exceptions.Exit(1)
+
+
+def _become_owner(state_dir: Path) -> None:
+    """Begin anew as the daemon's own user, if root calls and the state is that user's.
+
+    So a row that it wrote is believed no further than its own rights reach, and what is written stays its own.
+
+    Raises:
+        UnavailableError: that can't be.
+    """
+    try:
+        found = state_dir.stat()
+    except OSError:
+        return
+    if os.geteuid() != 0 or found.st_uid == 0:
+        return
+    argv = [
+        "setpriv", f"--reuid={found.st_uid}", f"--regid={found.st_gid}", "--clear-groups",
+        *(f"--{one}=-all,{_RIGHTS}" for one in ("inh-caps", "ambient-caps", "bounding-set")),
+        "--no-new-privs", "--", *sys.orig_argv,
+    ]  # fmt: skip
+    try:
+        os.execvp(argv[0], argv)  # noqa: S606 - no shell is wanted
+    except OSError as error:
+        text = f"setpriv (util-linux) is needed to become the user of {state_dir}: {error.strerror}"
+        raise UnavailableError(text, retryable=False) from error
 
 
 def main(name: str, arguments: Sequence[str]) -> int:

@@ -71,8 +71,8 @@ class Holder:
         restored = sum(self._finish(Late(row)) for row in self._journal.held())
         if restored:
             log.warning(
-                "restored %s that a deadlined which was killed had left in SCHED_DEADLINE; attachments are not kept "
-                "over a restart: attach again what is to be held",
+                "restored %s that a deadlined which was killed had left in SCHED_DEADLINE; of threads, processes and "
+                "trees attachments are not kept over a restart: attach again what is to be held",
                 threads_text(restored),
                 extra={"message_id": _MESSAGE_RECOVERED},
             )
@@ -120,7 +120,7 @@ class Holder:
         if left.leaked:
             log.warning(
                 "thread %d slept and could not be shrunk when it had to leave; the kernel keeps %.3f CPUs for nobody: "
-                "see docs/operations.md, Admission bandwidth that nobody holds",
+                "see docs/troubleshooting.md, Admission bandwidth that nobody holds",
                 row.tid, left.leaked,
             )  # fmt: skip
 

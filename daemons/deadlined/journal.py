@@ -59,15 +59,15 @@ class Row:
 class Journal:
     """One directory, one daemon: a lock keeps a second one out, whose recovery would free the first one's threads."""
 
-    def __init__(self, directory: Path, *, boot_id: str) -> None:
-        """Open or make it.
+    def __init__(self, directory: Path, *, boot_id: str, or_root: bool = False) -> None:
+        """Open or make it. ``or_root``: one of root's too, whom everybody may believe.
 
         Raises:
             UnavailableError: another daemon uses the directory, or it is somebody else's.
             FailedError: the journal can't be used.
         """
         self._stack = contextlib.ExitStack()
-        self._stack.enter_context(owned(directory, mode=0o700, who="deadlined"))
+        self._stack.enter_context(owned(directory, mode=0o700, who="deadlined", or_root=or_root))
         self._path = directory / "journal.db"
         try:
             self._db = self._open_or_put_aside(boot_id)

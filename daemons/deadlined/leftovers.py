@@ -5,7 +5,8 @@ one that lives is never touched. Rows move into the finder's journal before they
 lost between.
 
 Nobody takes over another user's: what a row says a thread had before is set by whoever believes it, and root would hand
-out any priority, to any thread, that a user had written down.
+out any priority, to any thread, that a user had written down. Root's may be believed: the daemon, which is a user of
+its own, takes them over where it has the right to.
 """
 
 import logging
@@ -22,7 +23,7 @@ from edgehold.kernel.procfs import GoneError
 log = logging.getLogger(__name__)
 
 # Not below /run/deadlined: systemd clears the RuntimeDirectory= of a daemon at each stop, and a run outlives it.
-_OF_ROOT = Path("/run/deadlined-run")
+OF_ROOT = Path("/run/deadlined-run")
 
 
 def base() -> Path:
@@ -32,7 +33,7 @@ def base() -> Path:
         UnavailableError: he has no session.
     """
     if os.geteuid() == 0:
-        return _OF_ROOT
+        return OF_ROOT
     if directory := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(directory) / "deadlined/run"
     raise UnavailableError(
@@ -46,25 +47,20 @@ def own(where: Path) -> Path:
     return where / f"{os.getpid()}.{procfs.stat(os.getpid()).start_ticks}"
 
 
-def adopt(journal: Journal, clock: Clock, where: Path | None = None) -> int:
+def adopt(journal: Journal, clock: Clock, *where: Path) -> int:
     """Take over what killed runs left; recovering the journal then restores it. Returns how many runs those were.
 
-    ``where``: `base`; none where this user has none.
+    ``where``: `base`, if this user has one, and root's.
 
     Raises:
         FailedError: the journal can't be written; nothing is lost.
     """
-    if where is None:
-        try:
-            where = base()
-        except UnavailableError:
-            return 0
     found = 0
-    for directory in sorted(where.iterdir()) if where.is_dir() else ():
+    for directory in (one for place in where or _places() for one in _directories(place)):
         if _lives(directory.name):
             continue
         try:
-            left = Journal(directory, boot_id=procfs.boot_id())
+            left = Journal(directory, boot_id=procfs.boot_id(), or_root=True)
         except EdgeholdError as error:  # somebody else looks at it now, or it is no journal of ours
             log.warning("%s is left alone: %s", directory, error)
             continue
@@ -77,6 +73,22 @@ def adopt(journal: Journal, clock: Clock, where: Path | None = None) -> int:
         finally:
             left.close()
     return found
+
+
+def _places() -> tuple[Path, ...]:
+    try:
+        own = base()
+    except UnavailableError:
+        return (OF_ROOT,)
+    return tuple(dict.fromkeys((own, OF_ROOT)))
+
+
+def _directories(where: Path) -> list[Path]:
+    """Those of runs; none where there is no such place, or it is root's and we are an ordinary user."""
+    try:
+        return sorted(where.iterdir())
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
 
 
 def remove(journal: Journal, directory: Path) -> None:

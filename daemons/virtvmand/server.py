@@ -42,7 +42,8 @@ class Server:
         """Accept on a bound and listening socket; this object owns it from now on."""
         loop = asyncio.get_running_loop()
         listener.setblocking(False)
-        self._servers.append(await loop.create_unix_server(lambda: _Gate(self, read_only=read_only), sock=listener))
+        # Not create_unix_server: since Python 3.13 that one removes the socket at its close, which may be systemd's.
+        self._servers.append(await loop.create_server(lambda: _Gate(self, read_only=read_only), sock=listener))
 
     async def close(self) -> None:
         """Stop accepting and end every conversation."""

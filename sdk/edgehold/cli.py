@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import click
 
+from edgehold import __version__
 from edgehold.errors import EX_SOFTWARE, EX_USAGE, EdgeholdError
 
 T = TypeVar("T")
@@ -120,7 +121,7 @@ def client_group(
             show_envvar=True,
             help="The daemon's socket.",
         )
-        @click.version_option(package_name="edgehold")
+        @click.version_option(__version__)
         @click.pass_context
         def group(context: click.Context, *, as_json: bool, socket: Path) -> None:
             context.obj = Output(as_json=as_json, socket=socket)

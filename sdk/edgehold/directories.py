@@ -17,8 +17,10 @@ _LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def owned(path: Path, *, mode: int, who: str) -> Iterator[None]:
+def owned(path: Path, *, mode: int, who: str, or_root: bool = False) -> Iterator[None]:
     """The directory, with this mode, locked for ``who`` (the daemon's name in errors) until the block ends.
+
+    ``or_root``: root's will do too, for who has the right to write there.
 
     Raises:
         UnavailableError: it is somebody else's, others may write to it, another instance has it, or it can't be made.
@@ -27,8 +29,10 @@ def owned(path: Path, *, mode: int, who: str) -> Iterator[None]:
     try:
         path.mkdir(mode=mode, parents=True, exist_ok=True)
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        _check(path, os.fstat(directory))
-        os.fchmod(directory, mode)
+        found = os.fstat(directory)
+        _check(path, found, or_root=or_root)
+        if stat.S_IMODE(found.st_mode) != mode:
+            os.fchmod(directory, mode)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         lock = os.open(_LOCK, flags, 0o600, dir_fd=directory)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,8 +52,8 @@ def owned(path: Path, *, mode: int, who: str) -> Iterator[None]:
         _close(directory, lock)
 
 
-def _check(path: Path, found: os.stat_result) -> None:
-    if found.st_uid != os.geteuid():
+def _check(path: Path, found: os.stat_result, *, or_root: bool) -> None:
+    if found.st_uid not in ({0, os.geteuid()} if or_root else {os.geteuid()}):
         raise UnavailableError(
             f"{path}: it belongs to uid {found.st_uid}, not to us (uid {os.geteuid()}); "
             "look who made it and what for, then remove it or set another directory",

@@ -27,6 +27,7 @@ from edgehold.testing.load import Load, eventually
 DEADLINED = [sys.executable, "-m", "deadlined"]
 # A busy host is slow to start Python twice.
 WAIT_S = 60.0
+NOBODY = 65534
 
 # Says who it is and ends with its input; "fork" and "thread" start one that sleeps.
 PROGRAM = """
@@ -306,10 +307,14 @@ def test_a_pinned_command_is_refused_with_the_cure() -> None:
 
 
 @pytest.mark.usefixtures("deadline")
-@pytest.mark.parametrize("how", ["recover", "run"])
+@pytest.mark.parametrize("how", ["recover", "recover as the daemon's user", "run"])
 def test_what_a_killed_run_left_is_put_right(how: str, directory: Path) -> None:
-    config = directory / "deadlined.toml"
-    config.write_text(f'state_dir = "{directory}/state"\n')
+    state, config = directory / "state", directory / "deadlined.toml"
+    config.write_text(f'state_dir = "{state}"\n')
+    state.mkdir(mode=0o700)
+    if how == "recover as the daemon's user":
+        need_command("setpriv", "util-linux")
+        os.chown(state, NOBODY, NOBODY)
     with running(prefix=["nice", "-n", "5"]) as run:
         held(run.pid)
         child = run.fork()
@@ -322,11 +327,12 @@ def test_what_a_killed_run_left_is_put_right(how: str, directory: Path) -> None:
         run.process.kill()
         run.process.wait(WAIT_S)
         assert is_held(child)
-        status, told = said("recover", "--config", str(config)) if how == "recover" else said("run", "--", "true")
+        status, told = said("run", "--", "true") if how == "run" else said("recover", "--config", str(config))
         assert status == 0, told
         assert ordinary(child)
         assert sched.without_slice(sched.get(run.pid)) == SchedAttr(nice=5)
         assert not left.exists()
+    assert {one.stat().st_uid for one in state.iterdir()} <= {state.stat().st_uid}
 
 
 @pytest.mark.usefixtures("deadline")

@@ -6,6 +6,8 @@ import dataclasses
 import os
 import resource
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -422,6 +424,25 @@ def test_roles() -> None:
         require(Role.READ, Role.OPERATE, "suspend")
     with pytest.raises(EdgeholdError, match="no group 'nobody-has-this'"):
         Roles.from_groups(read=["nobody-has-this"], operate=[])
+
+
+@pytest.mark.parametrize(("count", "known"), [(0, 0), (1, 1), (256, 256), (257, 0)])
+def test_a_peer_has_its_supplementary_groups(tmp_path: Path, count: int, known: int) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a process other groups")
+    groups = list(range(70_000, 70_000 + count))
+    with bind_unix(tmp_path / "s") as listener:
+        connect = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1]); sys.stdin.read()"
+        argv = [sys.executable, "-c", connect, str(tmp_path / "s")]
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, group=4, extra_groups=groups) as child:
+            listener.settimeout(20)
+            connection, _address = listener.accept()
+            with connection:
+                peer = peer_of(connection)
+            assert child.stdin is not None
+            child.stdin.close()
+    assert (peer.pid, peer.gid) == (child.pid, 4)
+    assert peer.groups == {4, *groups[:known]}
 
 
 @pytest.mark.usefixtures("daemon")

@@ -226,4 +226,4 @@ def test_the_cure_is_in_the_log(core: Core, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(reservation, "leave", lambda *_which, **_how: left)
     with caplog.at_level(logging.WARNING):
         core.holder.finish()
-    assert "keeps 0.250 CPUs for nobody: see docs/operations.md" in caplog.text
+    assert "keeps 0.250 CPUs for nobody: see docs/troubleshooting.md" in caplog.text

@@ -422,7 +422,7 @@ async def test_a_unit_has_its_place_and_is_stopped_by_its_name(tmp_path: Path, m
     assert "prlimit" not in asked[0]["argv"][0]
     delegates = ["Delegate=yes" in given["given"] for given in asked]
     assert delegates == [False, True, True]
-    assert "CPUAffinity=0" in asked[1]["given"]
+    assert {"CPUAffinity=0", "Description=Edgehold: guest of partition 7"} < set(asked[1]["given"])
     assert {"CPUAffinity=2 3 5", "AllowedCPUs=2 3 5", "DeviceAllow=/dev/kvm rw"} < set(asked[2]["given"])
     assert f'BindPaths="{directory}"' in asked[2]["given"]
     assert 'BindPaths="/m"' in asked[2]["given"]
@@ -440,3 +440,14 @@ def test_the_systemd_launcher_needs_systemd(tmp_path: Path, monkeypatch: pytest.
         launcher.check_launcher("systemd")
     monkeypatch.setattr(launcher, "SYSTEMD", tmp_path)
     launcher.check_launcher("systemd")
+
+
+def test_guests_are_no_part_of_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "CGROUP", tmp_path / "cgroup")
+    launcher.check_launcher("process")
+    (tmp_path / "cgroup").write_text("1:name=systemd:/user.slice/x.scope\n0::/user.slice/vmand.service.d/x.scope\n")
+    launcher.check_launcher("process")
+    (tmp_path / "cgroup").write_text("0::/edgehold.slice/vmand.service\n")
+    with pytest.raises(SettingsError, match=r"launcher: with process guests would be a part of vmand\.service"):
+        launcher.check_launcher("process")
+    launcher.check_launcher("auto")

@@ -70,6 +70,9 @@ def test_why_there_is_no_user(base: Path, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(rundir, "_lacking", lambda _needed: ["CAP_SETUID"])
         assert RunDirs(base, FIRST).reason == "vmand has no CAP_SETUID"
         assert not RunDirs(base, FIRST).privileged
+        monkeypatch.setattr(rundir, "_lacking", lambda needed: sorted({"CAP_KILL", "CAP_SETUID"} & set(needed)))
+        assert RunDirs(base, FIRST).reason == "vmand has no CAP_KILL, CAP_SETUID"
+        assert RunDirs(base, FIRST, units=True).reason == "vmand has no CAP_KILL"
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     one = RunDirs(base, FIRST)
     assert (one.reason, list(one.uids)) == ("vmand does not run as root", [])

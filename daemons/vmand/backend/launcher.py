@@ -28,8 +28,10 @@ from vmand.model import MIB, OpenDisk, Record
 log = logging.getLogger(__name__)
 
 SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
+CGROUP = Path("/proc/self/cgroup")
 KVM = Path("/dev/kvm")
 ROOT_SLICE = "-.slice"
+_SERVICE = "vmand.service"
 _UMASK = 0o077
 _QCOW2_SIZE = slice(24, 32)  # big endian, in the header: QEMU's docs/interop/qcow2.txt
 _QCOW2_TABLES_BYTES = 64 * MIB
@@ -43,11 +45,24 @@ def check_launcher(setting: str) -> None:
     """
     if setting == "systemd" and not SYSTEMD.is_dir():
         raise SettingsError(f"launcher: systemd does not run here (no {SYSTEMD}); set it to auto or process")
+    if setting == "process" and _is_service():
+        raise SettingsError(
+            f"launcher: with process guests would be a part of {_SERVICE}, end with it and lack what it may not do; "
+            "set it to auto, or start vmand by hand"
+        )
 
 
 def use_systemd(setting: str) -> bool:
     """Whether guests become units."""
     return setting == "systemd" or (setting == "auto" and SYSTEMD.is_dir())
+
+
+def _is_service() -> bool:
+    """Whether this process is our unit's, as its cgroups tell (cgroups(7))."""
+    try:
+        return any(line.endswith(f"/{_SERVICE}") for line in CGROUP.read_text(encoding="utf-8").splitlines())
+    except OSError:
+        return False
 
 
 class Launcher:
@@ -101,12 +116,14 @@ class Launcher:
             writable=(directory, memory or self._config.memory),
             log_file=directory / LOG,
         )
+        # Else systemctl shows the command line, which is longer than a screen.
+        description = f"Description=Edgehold: guest of partition {record.id}"
         return await spawn_unit(
             chain,
             run=record.run,
             unit=unit_name(record),
             slice_name=place.slice_name,
-            given=[*properties(place, bounds, uid=uid), *(device(KVM) if kvm else ())],
+            given=[description, *properties(place, bounds, uid=uid), *(device(KVM) if kvm else ())],
             uid=uid,
             log_file=place.log_file,
         )

@@ -17,7 +17,7 @@ from vmand.backend.command import LOG, Files, MemoryBacking, qemu_argv
 from vmand.backend.cores import Cores, usable
 from vmand.backend.cpuset import Cpusets
 from vmand.backend.guest import Guest
-from vmand.backend.launcher import Launcher
+from vmand.backend.launcher import Launcher, use_systemd
 from vmand.backend.machines import Machines
 from vmand.backend.memory import MemoryFiles
 from vmand.backend.process import Process
@@ -56,7 +56,8 @@ class QemuBackend:
             steering=self._steering if config.steer else None,
         )
         self._memory = MemoryFiles(config.memory, hugepages=config.hugepages)
-        self._dirs = RunDirs(config.runtime / "p", config.uid_first, places=(config.memory,))
+        units = use_systemd(config.launcher)
+        self._dirs = RunDirs(config.runtime / "p", config.uid_first, places=(config.memory,), units=units)
         self._launcher = Launcher(config, self._dirs)
         self._machines = Machines(config)
         self._guests: dict[int, Guest] = {}

@@ -25,22 +25,25 @@ _PIECE = 1 * MIB
 _COPY_S = 120.0
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-# capabilities(7), by number: what it takes to run a process as another user and to end it.
 _MAX_LOG_BYTES = 1024 * 1024
-_NEEDED = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3, "CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7}
-_NEEDED |= {"CAP_SETPCAP": 8}
+# capabilities(7), by number: what it takes to have files of another user and to end its processes, and what it takes
+# to start one where systemd does not.
+_NEEDED = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3, "CAP_KILL": 5}
+_STARTING = {"CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8}
 _RAISING = {"CAP_SYS_RESOURCE": 24}
 
 
 class RunDirs:
     """``base/ID`` for each partition that has a run. ``uid_first``: see the settings; 0 means vmand's own user.
 
-    ``places``: other directories to which the partitions' users must be able to walk.
+    ``places``: other directories to which the partitions' users must be able to walk. ``units``: systemd starts their
+    processes.
     """
 
-    def __init__(self, base: Path, uid_first: int, *, places: Sequence[Path] = ()) -> None:
+    def __init__(self, base: Path, uid_first: int, *, places: Sequence[Path] = (), units: bool = False) -> None:
         self.base = base
         self._first = uid_first
+        self._needed = _NEEDED if units else _NEEDED | _STARTING
         self._places = (base, *places)
 
     def begin(self) -> None:
@@ -69,8 +72,8 @@ class RunDirs:
 
     @property
     def privileged(self) -> bool:
-        """Whether vmand may change users and drop capabilities."""
-        return os.geteuid() == 0 and not _lacking(_NEEDED)
+        """Whether guests' processes can change users and drop capabilities."""
+        return os.geteuid() == 0 and not _lacking(self._needed)
 
     @property
     def reason(self) -> str:
@@ -79,7 +82,7 @@ class RunDirs:
             return "uid_first is 0 in the settings"
         if os.geteuid() != 0:
             return "vmand does not run as root"
-        if lacking := _lacking(_NEEDED):
+        if lacking := _lacking(self._needed):
             return f"vmand has no {', '.join(lacking)}"
         for kind in ("uid_map", "gid_map"):
             if not _mapped(Path("/proc/self") / kind, self.uids):

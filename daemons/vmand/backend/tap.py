@@ -98,7 +98,7 @@ def open_tap(record: Record, n: int, nic: Nic) -> Tap:
     try:
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL  # EXCL: never somebody else's of this name
         _request(key, "no tap can be made", fd, _TUNSETIFF, _ifreq(name, struct.pack("H", flags)))
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as control:  # netdevice(7): of any family
             return Tap(fd=fd, name=name, mtu=_join(key, control.fileno(), name, nic.bridge, mac(record, n, nic)))
     except BaseException:
         os.close(fd)
