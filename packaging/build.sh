@@ -2,8 +2,8 @@
 # Builds the Debian packages of a suite and architecture: build.sh [bookworm|trixie [amd64|arm64]]
 #
 # In: what git knows or would take of $inputs below, as it is in the working tree; wheels (packaging/wheelhouse.sh).
-# Out: build/deb/SUITE/ARCH: the packages and a manifest of their hashes. The same inputs give the same bytes, wherever
-# they are and whoever builds; the same inputs again are nothing to do.
+# Out: $BUILD/deb/SUITE/ARCH (build/deb/...): the packages and a manifest of their hashes. The same inputs give the same
+# bytes, wherever they are and whoever builds (packaging/twice.sh tries it); the same inputs again are nothing to do.
 # EDGEHOLD_VERSION=0.1.1 builds what the next version would be, for tests of upgrades.
 #
 # All is built on Debian 12, trixie's packages too: our extension takes Python's limited API and an old libc.
@@ -14,7 +14,9 @@ suite=${1:-bookworm}
 arch=${2:-$(dpkg --print-architecture)}
 inputs=(CHANGELOG.md LICENSE LICENSES daemons docs ext images/node/firstboot packaging sdk units)
 python=$(pwd)/.venv/bin/python
-out=build/deb
+mkdir -p "${BUILD:-build}/deb"
+build=$(cd "${BUILD:-build}" && pwd -P)
+out=$build/deb
 
 say() { echo "deb: $*"; }
 die() {
@@ -70,12 +72,14 @@ copy_sources() {
     sed -i "s/^__version__ = .*/__version__ = \"$version\"/" "$1/sdk/edgehold/__init__.py"
 }
 
+export BUILD=$build
 packaging/wheelhouse.sh "$suite" "$arch"
 packaging/headers.sh "$arch"
 key=$(
     {
         printf '%s\n' "$suite" "$arch" "$version" "$SOURCE_DATE_EPOCH" "$("$compiler" --version | head -n 1)"
-        dpkg-query -W debhelper dpkg-dev "${package}" 2>/dev/null
+        dpkg-query -W debhelper dpkg-dev "$package" 2>/dev/null
+        readlink "$build/headers/$arch"
         source_files | xargs -0 sha256sum
     } | sha256sum | cut -c1-16
 )
@@ -84,24 +88,23 @@ store=$out/.store/$suite-$arch-$key
 mkdir -p "$out/$suite" "$out/.store"
 exec 9>"$out/.lock"
 flock 9
-if [[ $(readlink -f "$link") == "$(pwd -P)/$store" && -s $link/manifest ]]; then
+if [[ $(readlink -f "$link") == "$store" && -s $link/manifest ]]; then
     say "up to date: $link ($version~$release)"
     exit 0
 fi
 
 say "building $version~$release for $arch"
 rm -rf "$out"/.work.* # of a build that was killed: we hold the lock
-work=$(mktemp -d "$(pwd -P)/$out/.work.XXXXXX")
+work=$(mktemp -d "$out/.work.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 copy_sources "$work/edgehold"
-wheels=$(pwd -P)/build/wheels/$suite-$arch
-headers=$(pwd -P)/build/headers/$arch/usr/include
+ln -s "$build/wheels/$suite-$arch" "$work/edgehold/wheels"
+ln -s "$build/headers/$arch/usr/include" "$work/edgehold/headers"
 # Only what a build needs: settings of whoever builds must not reach the bytes.
 (
     cd "$work/edgehold"
     env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/nonexistent LC_ALL=C.UTF-8 TZ=UTC SOURCE_DATE_EPOCH="$SOURCE_DATE_EPOCH" \
-        DEB_BUILD_OPTIONS=noautodbgsym EDGEHOLD_DIST="$suite" EDGEHOLD_PYTHON="$python" EDGEHOLD_WHEELS="$wheels" \
-        EDGEHOLD_HEADERS="$headers/python3.11 $headers" \
+        DEB_BUILD_OPTIONS=noautodbgsym EDGEHOLD_DIST="$suite" EDGEHOLD_PYTHON="$python" \
         dpkg-buildpackage -a"$arch" -b -us -uc -d --no-check-builddeps
 ) >"$work/log" 2>&1 9>&- || { tail -n 40 "$work/log" >&2 && die "the build failed"; }
 grep '^libraries:' "$work/log"

@@ -11,8 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 label=headers
 suite=bookworm
 arch=$1
-out=build/headers/.$arch
-link=build/headers/$arch
+out=${BUILD:-build}/headers/.$arch
+link=${BUILD:-build}/headers/$arch
 sources=(packaging/headers.sh images/apt.sh images/suite.sh)
 results=(usr/include/python3.11/Python.h)
 tools=()

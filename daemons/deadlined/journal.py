@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deadlined.quota import QuotaRow
 from edgehold.directories import owned
-from edgehold.errors import FailedError
+from edgehold.errors import FailedError, UnsupportedError
 from edgehold.kernel.sched import Flag, Policy, SchedAttr
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Journal:
 
         Raises:
             UnavailableError: another daemon uses the directory, or it is somebody else's.
+            UnsupportedError: a newer deadlined wrote it.
             FailedError: the journal can't be used.
         """
         self._stack = contextlib.ExitStack()
@@ -101,7 +102,7 @@ class Journal:
             db.execute("PRAGMA synchronous = OFF")  # see the module's text: durable against our death, not the host's
             found = db.execute("PRAGMA user_version").fetchone()[0]
             if found > _VERSION:
-                raise FailedError(
+                raise UnsupportedError(
                     f"{path}: written by a newer deadlined (version {found}, ours is {_VERSION}); install that one "
                     "again, or remove the file after a restart of the host, which frees all that was held"
                 )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from edgehold.errors import FailedError
+from edgehold.errors import FailedError, UnsupportedError
 from vmand.model import Record
 
 _VERSION = 2
@@ -33,6 +33,7 @@ class Store:
     """The database. Every method raises `FailedError` when it can't be read or written; nothing is then changed."""
 
     def __init__(self, path: Path) -> None:
+        """Open or make it. Raises `UnsupportedError`: a newer vmand wrote it."""
         self._path = path
         try:
             self._db = sqlite3.connect(path, isolation_level=None)
@@ -43,7 +44,7 @@ class Store:
             self._db.execute("PRAGMA synchronous=FULL")
             found = int(self._db.execute("PRAGMA user_version").fetchone()[0])
             if found > _VERSION:
-                raise FailedError(
+                raise UnsupportedError(
                     f"{path}: written by a newer vmand (version {found}, ours is {_VERSION}); install that one again, "
                     "or restore a backup that this one wrote"
                 )

@@ -22,6 +22,8 @@ export LC_ALL=C TZ=UTC
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export BUILD=${1:-${BUILD:-$here/../../build}}
+mkdir -p "$BUILD"
+BUILD=$(cd "$BUILD" && pwd -P)
 # shellcheck source=images/apt.sh
 source "$here/../apt.sh"
 # shellcheck source=images/node/disk.sh
@@ -98,14 +100,14 @@ set_up() {
     mkdir -p "$tree/boot/efi"
     printf '%s\n' \
         "PARTUUID=$root_partuuid / ext4 errors=remount-ro,x-systemd.growfs 0 1" \
-        "PARTUUID=$esp_partuuid /boot/efi vfat umask=0077,nofail,x-systemd.device-timeout=10s 0 2" >"$tree/etc/fstab"
+        "PARTUUID=$esp_partuuid /boot/efi vfat umask=0077,nofail 0 2" >"$tree/etc/fstab"
     echo LANG=C.UTF-8 >"$tree/etc/default/locale"
     ln -sfn ../run/systemd/resolve/stub-resolv.conf "$tree/etc/resolv.conf"
     [[ -z ${NODE_MIRROR:-} ]] || sed -i -E "s#(https?|ftp)://[^ ]+#$NODE_MIRROR#" "$sources"
     systemctl --root="$tree" -q enable systemd-networkd.service systemd-resolved.service systemd-timesyncd.service \
         ssh.service edgehold-firstboot.service
-    # Nothing here waits for the network, and a node may have none.
-    systemctl --root="$tree" -q disable systemd-networkd-wait-online.service
+    # Nothing here waits for the network, and a node may have none. e2scrub is for volumes of LVM.
+    systemctl --root="$tree" -q disable systemd-networkd-wait-online.service e2scrub_reap.service e2scrub_all.timer
 }
 
 # Each node makes these for itself. An empty machine-id is no "first boot" of systemd's, which would ask questions on
@@ -181,7 +183,6 @@ done
 our_packages
 epoch=${SOURCE_DATE_EPOCH:-$(date_of "${debs[-1]}")}
 mkdir -p "$out" "$(dirname "$link")"
-out=$(cd "$out" && pwd -P)
 exec 9>"$out/.lock"
 if ! flock -n 9; then
     say "waiting for another build in $out"

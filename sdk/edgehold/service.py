@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from edgehold import __version__
 from edgehold.clock import Clock, SystemClock
-from edgehold.errors import EX_CONFIG, EX_SOFTWARE, EX_USAGE, EdgeholdError, SettingsError
+from edgehold.errors import EX_CONFIG, EX_SOFTWARE, EX_USAGE, EdgeholdError, SettingsError, UnsupportedError
 from edgehold.systemd.notify import Notifier
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,8 @@ def daemon_arguments(name: str, description: str) -> argparse.Namespace:
     parser = _Parser(
         prog=name,
         description=description,
-        epilog="Exit status: 0 stopped when told so, 1 no start, 64 wrong usage, 70 a task died, 78 wrong settings.",
+        epilog="Exit status: 0 stopped when told so, 1 no start, 64 wrong usage, 70 a task died, 78 wrong "
+        "settings or state of a newer version.",
     )
     parser.add_argument("--config", type=Path, help=f"settings (default: /etc/edgehold/{name}.toml, where it exists)")
     parser.add_argument("--check-config", action="store_true", help="read and check the settings, say so, and exit")
@@ -176,8 +177,9 @@ def take_descriptors() -> None:
 def run(name: str, lifespan: Lifespan, *, drain_s: float = 10.0) -> int:
     """Run a daemon until it is told to stop. Returns the process' exit status.
 
-    0: stopped by SIGTERM or SIGINT. 70: a task died. 78: the settings are wrong (a unit does not restart on it).
-    1: it could not start for another reason that a person can act on.
+    0: stopped by SIGTERM or SIGINT. 70: a task died. 78: the settings are wrong, or the state on the disk is one that
+    this version can't read (a unit does not restart on it). 1: it could not start for another reason that a person can
+    act on.
     """
     try:
         return asyncio.run(_serve(name, lifespan, Notifier(), drain_s))
@@ -186,4 +188,4 @@ def run(name: str, lifespan: Lifespan, *, drain_s: float = 10.0) -> int:
         return EX_CONFIG
     except EdgeholdError as error:
         log.critical("can't start: %s", error)
-        return 1
+        return EX_CONFIG if isinstance(error, UnsupportedError) else 1

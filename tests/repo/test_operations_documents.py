@@ -33,7 +33,7 @@ def rows(heading: str) -> list[list[str]]:
     """The cells of the first table of a section of docs/operations.md, without its head."""
     text = OPERATIONS.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     assert text, heading
-    lines = [line for line in text.splitlines() if line.startswith("|")]
+    lines = text[text.index("\n|") + 1 :].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines[2:]]
 
 
@@ -125,7 +125,35 @@ def _fits(labels: dict[str, str], wanted: list[tuple[str, str, str]]) -> bool:
     )
 
 
-# Packages and pages.
+# Units, packages and pages.
+
+
+def _unit(name: str) -> dict[str, str]:
+    """What a unit's file gives its settings, the last one where there are several."""
+    lines = (ROOT / "units" / name).read_text(encoding="utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines if re.match(r"[A-Z][A-Za-z]+=", line))
+
+
+@pytest.mark.parametrize(("column", "daemon"), list(enumerate(CODE, 1)))
+def test_what_a_unit_may_do_is_told(column: int, daemon: str) -> None:
+    unit = _unit(f"{daemon}.service")
+    told = {cells[0]: cells[column] for cells in rows("What the units may do")}
+    assert told["runs as"].split(",")[0].strip("`") == unit.get("User", "root")
+    capabilities = unit["CapabilityBoundingSet"].replace("CAP_", "").split()
+    assert told["capabilities"] == (", ".join(capabilities) or "none")
+    memory = unit.get("MemoryMax")
+    assert told["memory at most"] == (memory.replace("M", " MiB") if memory else "no limit, see below")
+    (cores,) = (name for name in told if name.startswith("CPU at most"))
+    assert f"{told[cores]}00%" == unit["CPUQuota"]
+    assert f"{cores.split()[-1]}00%" == _unit("edgehold.slice")["CPUQuota"]
+
+
+def test_the_limit_of_starts_is_told() -> None:
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    assert "it died ten times within ten minutes" in text
+    for daemon in CODE:
+        unit = _unit(f"{daemon}.service")
+        assert (unit["StartLimitBurst"], unit["StartLimitIntervalSec"]) == ("10", "600"), daemon
 
 
 def test_install_md_has_all_packages() -> None:

@@ -1,13 +1,11 @@
-"""A guest that works, in a machine that tests share: there for one test, gone after it."""
+"""A guest that works, in the machine that tests share."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from edgehold.testing.capability import guest_image
 from tests.system.conftest import ARCH
 from tests.system.house import ROOT, Machine, until
-from tests.system.world import BOOT_S, CMDLINE, INITRD, KERNEL, attachments, jobs, partition
+from tests.system.world import BOOT_S, CMDLINE, INITRD, KERNEL, attachments, jobs, partition, partitions
 
 NAME = "one"
 """Of its partition, which is shared."""
@@ -38,18 +36,17 @@ class Guest:
         return [one["state"] for one in threads] == ["held"]
 
 
-@contextlib.contextmanager
-def working(machine: Machine) -> Iterator[Guest]:
-    """Start one, and wait for its first job."""
-    if machine.run("test", "-e", INITRD, check=False).status != 0:
+def working(machine: Machine) -> Guest:
+    """The one that works, or a new one that has done its first job."""
+    before = partitions(machine).get(NAME)
+    if before is None or before["state"] != "DEPLOYED":
+        if before is not None:  # a reboot ended it
+            machine.run("vmanctl", "shutdown", NAME, "-force", check=False)
+            machine.run("vmanctl", "destroy", NAME)
         kernel, initrd = guest_image(ROOT, ARCH)
         machine.put({KERNEL: kernel, INITRD: initrd})
-    share = ("-cores", "1", "-memsize", "0.125", "-mode", "shared", "-name", NAME)
-    machine.run("vmanctl", "start", *share, "-kernel", KERNEL, "-initrd", INITRD, "-cmdline", CMDLINE)
-    try:
-        shown = partition(machine, NAME)
-        until(lambda: jobs(machine, NAME), what="the guest's first job", timeout_s=BOOT_S)
-        yield Guest(machine, int(shown["id"]), int(shown["pid"]), str(shown["unit"]))
-    finally:
-        machine.run("vmanctl", "shutdown", NAME, "-force")
-        machine.run("vmanctl", "destroy", NAME)
+        share = ("-cores", "1", "-memsize", "0.125", "-mode", "shared", "-name", NAME)
+        machine.run("vmanctl", "start", *share, "-kernel", KERNEL, "-initrd", INITRD, "-cmdline", CMDLINE)
+    until(lambda: jobs(machine, NAME), what="the guest's first job", timeout_s=BOOT_S)
+    shown = partition(machine, NAME)
+    return Guest(machine, int(shown["id"]), int(shown["pid"]), str(shown["unit"]))

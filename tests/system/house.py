@@ -275,9 +275,13 @@ class Machine:
 
     def journal(self, *arguments: str, unit: str | None = None, after: str | None = None) -> list[dict[str, Any]]:
         """What the journal has: of a unit (systemd's own words about it too), since a `cursor`."""
-        chosen = [*arguments, *(("-u", unit) if unit else ()), *(("--after-cursor", after) if after else ())]
+        # journalctl's --after-cursor loses an entry where its --unit does not match the cursor's.
+        chosen = [*arguments, *(("--after-cursor", after) if after else ("-u", unit) if unit else ())]
         output = self.run("journalctl", "-q", "-o", "json", "--no-pager", "--all", *chosen).output
-        return [json.loads(line) for line in output.splitlines()]
+        entries: list[dict[str, Any]] = [json.loads(line) for line in output.splitlines()]
+        if unit and after:
+            return [one for one in entries if unit in {one.get("UNIT"), one.get("_SYSTEMD_UNIT")}]
+        return entries
 
     def cursor(self) -> str:
         """The journal's end now, for `journal`."""

@@ -114,17 +114,18 @@ def test_wrong_settings(house: Machine, name: str) -> None:
 def test_dies_again_and_again(house: Machine) -> None:
     """systemd gives up after as many starts as the unit says, and a person gets it going again."""
     limits = {}
+    steps = "" if house.suite == "bookworm" else "RestartSteps=0\n"  # since systemd 254
     with contextlib.ExitStack() as stack:
         for unit in SERVICES:
             limits[unit] = int(house.show(unit, "StartLimitBurst")["StartLimitBurst"])
             # Not each try's pause: that is what the units have, and would take a minute.
-            stack.enter_context(house.override(unit, "[Service]\nRestartSec=100ms\nRestartSteps=0\n"))
+            stack.enter_context(house.override(unit, f"[Service]\nRestartSec=100ms\n{steps}"))
         cursor = house.cursor()
         end = time.monotonic() + 90.0
         left = set(SERVICES)
         while left:
             for unit in tuple(left):
-                if house.state(unit) == "failed/failed":
+                if house.state(unit) in {"failed/failed", "inactive/dead"}:
                     left.discard(unit)
                 elif pid := house.main_pid(unit):
                     house.run("kill", "-KILL", str(pid), check=False)
@@ -190,19 +191,20 @@ def fill(house: Machine, path: str) -> None:
 def test_full_disk_of_vmand(house: Machine) -> None:
     """A command that can't be written down is refused with the reason; vmand goes on, and so does what it had."""
     with small_disk(house, "vmand", "uid=0") as filler:
+        there = {"before", *partitions(house)}
         house.run(*_CREATE, "before")
         pid = house.main_pid("vmand.service")
         fill(house, filler)
         refused = house.run(*_CREATE, "during", check=False)
         assert refused.status != 0
         assert "full" in refused.errors or "space" in refused.errors, refused.errors
-        assert set(partitions(house)) == {"before"}
+        assert set(partitions(house)) == there
         house.run("rm", filler)
         house.run(*_CREATE, "after")
-        assert set(partitions(house)) == {"before", "after"}
+        assert set(partitions(house)) == {"after", *there}
         assert house.main_pid("vmand.service") == pid
         house.run("systemctl", "restart", "vmand.service")
-        assert set(partitions(house)) == {"before", "after"}
+        assert set(partitions(house)) == {"after", *there}
         for name in ("before", "after"):
             house.run("vmanctl", "destroy", name)
 

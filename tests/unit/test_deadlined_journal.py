@@ -11,7 +11,7 @@ from deadlined import journal as journal_module
 from deadlined.journal import Journal, Row
 from deadlined.quota import QuotaRow
 from deadlined.reservation import safe_gap_ns
-from edgehold.errors import FailedError, UnavailableError
+from edgehold.errors import FailedError, UnavailableError, UnsupportedError
 from edgehold.kernel.sched import Flag, Policy, SchedAttr
 
 S = 1_000_000_000
@@ -83,7 +83,7 @@ def test_a_journal_of_a_newer_deadlined_is_refused_and_stays_as_it_is(tmp_path: 
     path = tmp_path / "journal.db"
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as newer:
         newer.executescript("ALTER TABLE held RENAME TO kept; PRAGMA user_version = 4")
-    with pytest.raises(FailedError, match=r"newer deadlined \(version 4, ours is 3\)"):
+    with pytest.raises(UnsupportedError, match=r"newer deadlined \(version 4, ours is 3\)"):
         Journal(tmp_path, boot_id="a")
     with contextlib.closing(sqlite3.connect(path)) as still:
         assert not still.execute("SELECT 1 FROM sqlite_master WHERE name = 'held'").fetchall()

@@ -13,7 +13,7 @@ import pytest
 
 HEAD = """
 import asyncio, contextlib, sys
-from edgehold.errors import SettingsError, UnavailableError
+from edgehold.errors import SettingsError, UnavailableError, UnsupportedError
 from edgehold.service import run
 @contextlib.asynccontextmanager
 async def lifespan(runtime):
@@ -141,6 +141,13 @@ def test_a_start_that_fails_says_why(manager: Manager) -> None:
     _out, err = process.communicate(timeout=20)
     assert process.returncode == 1
     assert "can't start: /run/x: another process listens there" in err
+
+
+def test_what_this_version_cannot_read_is_not_restarted(manager: Manager) -> None:
+    process = manager.start('raise UnsupportedError("a.db: written by a newer test")\nyield')
+    _out, err = process.communicate(timeout=20)
+    assert process.returncode == 78
+    assert "can't start: a.db: written by a newer test" in err
 
 
 def test_reload_keeps_the_old_settings_when_refused(manager: Manager) -> None:

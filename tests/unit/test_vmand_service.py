@@ -18,6 +18,7 @@ from edgehold.errors import (
     NoCapacityError,
     NotFoundError,
     TimedOutError,
+    UnsupportedError,
 )
 from tests.unit.vmand_fake import COMMANDS, IMAGES, Daemon, FakeBackend, Listener
 from vmand import model
@@ -484,7 +485,7 @@ async def test_the_journal_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     newer = tmp_path / "newer.db"
     with contextlib.closing(Store(newer)) as store:
         store._db.execute("PRAGMA user_version=99")
-    with pytest.raises(FailedError, match="newer vmand"):
+    with pytest.raises(UnsupportedError, match="newer vmand"):
         Store(newer)
 
 
