@@ -61,11 +61,12 @@ changelog() {
     printf '\n -- %s  %s\n' "$(sed -n 's/^Maintainer: //p' packaging/debian/control.in)" "$(date -uR -d "@$SOURCE_DATE_EPOCH")"
 }
 
-# copy_sources DIRECTORY: the tree that debhelper sees, with modes that do not depend on ours.
+# copy_sources DIRECTORY: the tree that debhelper sees, with modes and times that do not depend on ours.
 copy_sources() {
     mkdir -p "$1"
     source_files | tar -c --null -T - | tar -x -C "$1"
     find "$1" -type d -exec chmod 755 {} + -o -type f -perm /111 -exec chmod 755 {} + -o -type f -exec chmod 644 {} +
+    find "$1" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
     cp -r "$1/packaging/debian" "$1/debian"
     changelog >"$1/debian/changelog"
     sed -e "s/@PYTHON@/$low/" -e "s/@PYTHON_NEXT@/$high/" "$1/debian/control.in" >"$1/debian/control"

@@ -279,8 +279,9 @@ def _missing(path: str, actuator: Actuator, mounted: Hierarchy, seen: Sequence[H
         return "this kernel has no cpu controller in cgroup v2 (CONFIG_CGROUP_SCHED, CONFIG_CFS_BANDWIDTH)"
     above = mounted.directory(os.path.dirname(path))  # noqa: PTH120 - a cgroup's path
     return (
-        f"cgroup {path} has no cpu.max, as the one above it does not pass the cpu controller on; write +cpu to "
-        f"{above}/cgroup.subtree_control, or set CPUAccounting=yes for the unit"
+        f"cgroup {path} has no cpu.max, as the one above it does not pass the cpu controller on; if systemd made it: "
+        f"systemctl set-property {os.path.basename(path)} CPUWeight=100; else write +cpu to "  # noqa: PTH119
+        f"{above}/cgroup.subtree_control"
     )
 
 

@@ -26,9 +26,9 @@ label=system/$suite
 arch=$(dpkg --print-architecture)
 out=$build/.system-$suite
 link=$build/system/$suite
-sources=("$here/build.sh" "$here/own-mounts.sh" "$here/../apt.sh" "$here/../suite.sh")
+sources=("$here/build.sh" "$here/../apart.py" "$here/../apt.sh" "$here/../suite.sh")
 results=(root/usr/bin/systemctl root/var/lib/dpkg/status)
-tools=("debootstrap debootstrap" "unshare util-linux")
+tools=("debootstrap debootstrap" "python3 python3")
 # What every Debian host has that our packages or a test touch; debootstrap adds what is required.
 base=(systemd systemd-sysv dbus python3 procps curl)
 # In the apt cache alone: what our packages depend on or suggest, and libvirt's clients.
@@ -87,7 +87,7 @@ build() {
     [[ $(id -u) -eq 0 ]] || die "debootstrap needs root"
     include=$(IFS=,; echo "${base[*]}")
     # Its mounts of /proc and /sys end with it, even where it is killed.
-    "$here/own-mounts.sh" debootstrap --variant=minbase --include="$include" "$suite" "$root" "$(mirror)" \
+    python3 "$here/../apart.py" -- debootstrap --variant=minbase --include="$include" "$suite" "$root" "$(mirror)" \
         >"$work/debootstrap.log" 2>&1 || { tail -n 20 "$work/debootstrap.log" >&2; die "debootstrap failed"; }
     fill_cache
     settle

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Holds the file system of one system test's machine, and starts it: what tests/system/house.py talks to.
 #
-#   images/system/own-mounts.sh images/system/hold.sh NAME TREE SIZE
+#   python3 images/apart.py -- images/system/hold.sh NAME TREE SIZE
 #
 # The machine sees TREE with a layer above it in memory, at most SIZE (tmpfs(5)), which outlives its boots and power cuts
 # and ends with this process. Standard input: `boot` starts the machine, `cut` kills it, the input's end ends all.

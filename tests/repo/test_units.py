@@ -76,7 +76,11 @@ def test_systemd_finds_nothing_wrong(unit: Path, root: Path) -> None:
 def test_a_planted_fault_is_found(root: Path) -> None:
     directory = root / "usr/lib/systemd/system"
     good = (UNITS / "vmand.service").read_text()
-    for planted, line in {"key": "MemoryMx=1G", "program": "ExecStartPre=/usr/bin/none", "value": "WatchdogSec=x"}.items():
+    for planted, line in {
+        "key": "MemoryMx=1G",
+        "program": "ExecStartPre=/usr/bin/none",
+        "value": "WatchdogSec=x",
+    }.items():
         (directory / f"{planted}.service").write_text(good.replace("[Service]", f"[Service]\n{line}"))
         done = analyze("verify", "--man=no", "--recursive-errors=no", f"--root={root}", f"{planted}.service")
         assert line.partition("=")[2].split("/")[-1] in done.stderr or line.partition("=")[0] in done.stderr, planted

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from edgehold.errors import FailedError, TimedOutError
 from edgehold.testing.capability import missing, need_command, need_root
 
 ROOT = Path(__file__).parents[2]
-IMAGES = ROOT / "images" / "system"
+_IMAGES = ROOT / "images"
 _T = TypeVar("_T")
 _POLL_S = 0.05
 _ENVIRONMENT = {
@@ -92,7 +93,15 @@ class Machine:
         cgroups = unified if unified.is_dir() else unified.parent
         self._cgroup = str(cgroups / self.name / "payload" / "commands")
         self._holder = subprocess.Popen(
-            [IMAGES / "own-mounts.sh", IMAGES / "hold.sh", self.name, need_machines(suite), size],
+            [
+                sys.executable,
+                _IMAGES / "apart.py",
+                "--",
+                _IMAGES / "system/hold.sh",
+                self.name,
+                need_machines(suite),
+                size,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -227,7 +236,7 @@ class Machine:
     @contextlib.contextmanager
     def override(self, unit: str, text: str) -> Iterator[None]:
         """Lines of a drop-in for a while; what already runs keeps what it was started with."""
-        name = f"/run/systemd/system/{unit}.d/90-test.conf"
+        name = f"/run/systemd/system/{unit}.d/zz-test.conf"  # by name the last one, wherever others are
         self.put({name: text})
         self.run("systemctl", "daemon-reload")
         try:

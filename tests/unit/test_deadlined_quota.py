@@ -191,7 +191,10 @@ def test_why_a_host_has_no_such_limit(v2: Hierarchy, tmp_path: Path) -> None:
     assert "not mounted" in refusal("/a", Actuator.CPU_MAX, [v1])
     assert "no released one" in refusal("/a", Actuator.CPU_RT_MAX, [v2])
     (tmp_path / "a/b").mkdir()
-    assert f"+cpu to {tmp_path}/a/cgroup.subtree_control" in refusal("/a/b", Actuator.CPU_MAX, [v2])
+    refused = refusal("/a/b", Actuator.CPU_MAX, [v2])
+    assert f"+cpu to {tmp_path}/a/cgroup.subtree_control" in refused
+    # Not CPUAccounting=, for which systemd turns no controller on.
+    assert "systemctl set-property b CPUWeight=100" in refused
     assert "cgroup_no_v1=cpu" in refusal("/a/b", Actuator.CPU_MAX, [v2, v1])
     (tmp_path / "cgroup.controllers").write_text("pids\n")
     assert "CONFIG_CFS_BANDWIDTH" in refusal("/a/b", Actuator.CPU_MAX, [v2])

@@ -109,6 +109,16 @@ def test_a_host_that_has_a_name_keeps_it(host: Host) -> None:
     assert host.names[0] == "edgehold-01234567\n"
 
 
+def test_a_container_whose_kernel_takes_no_name(host: Host) -> None:
+    kernel = host.root / "proc/sys/kernel/hostname"
+    kernel.unlink()
+    kernel.mkdir()
+    assert host.boot(name="node-17")
+    assert "the name node-17 holds from the next boot on" in host.lines[0]
+    assert (host.root / "etc/hostname").read_text() == "node-17\n"
+    assert host.done
+
+
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [

@@ -20,7 +20,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 EX_CONFIG = 78
-_ERROR, _INFO = "<3>", "<6>"  # sd-daemon(3): the journal's priority of a line
+_ERROR, _WARNING, _INFO = "<3>", "<4>", "<6>"  # sd-daemon(3): the journal's priority of a line
 _MAX_BYTES = 65536
 _MAX_PEERS = 1024
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # RFC 1123, 2.1
@@ -236,8 +236,13 @@ class FirstBoot:
         file = self._root / "etc/hostname"
         if not file.exists() or file.read_bytes() != f"{name}\n".encode():
             write(file, f"{name}\n")
-        # The same as sethostname(2), which would take CAP_SYS_ADMIN.
-        (self._root / "proc/sys/kernel/hostname").write_text(name, encoding="ascii")
+        kernel = self._root / "proc/sys/kernel/hostname"
+        try:
+            if kernel.read_text(encoding="ascii").strip() != name:
+                # The same as sethostname(2), which would take CAP_SYS_ADMIN.
+                kernel.write_text(name, encoding="ascii")
+        except OSError as error:  # a container's /proc/sys may be read-only
+            self._say(f"{_WARNING}{kernel}: {error.strerror}: the name {name} holds from the next boot on")
 
     def set_password(self) -> None:
         """Root's, unless it has one. systemd's own tools do that for a root that has no account yet, which ours has."""
