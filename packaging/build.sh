@@ -41,8 +41,8 @@ need dh debhelper
 need dpkg-buildpackage dpkg-dev
 need "$compiler" "$package"
 [[ -x $python ]] || die ".venv is missing: run 'make setup'"
-project=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-version=${EDGEHOLD_VERSION:-$project}
+version=${EDGEHOLD_VERSION:-$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)}
+[[ $version =~ ^[0-9][0-9.]*$ ]] || die "'$version' is no version"
 export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
 
 # source_files: what belongs to the packages, NUL after each.
@@ -76,29 +76,31 @@ copy_sources() {
 export BUILD=$build
 packaging/wheelhouse.sh "$suite" "$arch"
 packaging/headers.sh "$arch"
-key=$(
-    {
-        printf '%s\n' "$suite" "$arch" "$version" "$SOURCE_DATE_EPOCH" "$("$compiler" --version | head -n 1)"
-        dpkg-query -W debhelper dpkg-dev "$package" 2>/dev/null
-        readlink "$build/headers/$arch"
-        source_files | xargs -0 sha256sum
-    } | sha256sum | cut -c1-16
-)
 link=$out/$suite/$arch
-store=$out/.store/$suite-$arch-$key
 mkdir -p "$out/$suite" "$out/.store"
 exec 9>"$out/.lock"
 flock 9
+rm -rf "$out"/.work.* # of a build that was killed: we hold the lock
+work=$(mktemp -d "$out/.work.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+# The key is of the copy: what is edited while we build belongs to the next build.
+copy_sources "$work/edgehold"
+key=$(
+    cd "$work/edgehold"
+    {
+        "$compiler" --version
+        dpkg-query -W debhelper dpkg-dev "$package" 2>/dev/null || true
+        readlink "$build/headers/$arch"
+        find . -type f -print0 | sort -z | xargs -0 sha256sum
+    } | sha256sum | cut -c1-16
+)
+store=$out/.store/$suite-$arch-$key
 if [[ $(readlink -f "$link") == "$store" && -s $link/manifest ]]; then
     say "up to date: $link ($version~$release)"
     exit 0
 fi
 
 say "building $version~$release for $arch"
-rm -rf "$out"/.work.* # of a build that was killed: we hold the lock
-work=$(mktemp -d "$out/.work.XXXXXX")
-trap 'rm -rf "$work"' EXIT
-copy_sources "$work/edgehold"
 ln -s "$build/wheels/$suite-$arch" "$work/edgehold/wheels"
 ln -s "$build/headers/$arch/usr/include" "$work/edgehold/headers"
 # Only what a build needs: settings of whoever builds must not reach the bytes.

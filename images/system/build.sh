@@ -53,6 +53,14 @@ query() {
 # debootstrap fetches what it installs.
 fetch_all() { :; }
 
+# A machine that runs needs the tree that it started from: images/system/hold.sh holds a lock.
+drop_old() {
+    local one
+    for one in "$out/.store/"*; do
+        [[ $one == "$out/.store/$key" ]] || flock -n "$one/manifest" rm -rf "$one" || say "in use, kept: $one"
+    done
+}
+
 # in_root COMMAND...
 in_root() {
     chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C DEBIAN_FRONTEND=noninteractive "$@"

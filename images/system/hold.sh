@@ -64,6 +64,10 @@ boot() {
     disown # nobody wants to hear how it ended
 }
 
+# The tree must not be dropped while we are on it.
+exec 8<"$tree/../manifest"
+flock -s 8
+
 # nspawn wants a directory there that it may change; the host's is not ours.
 mkdir -p /run/systemd/nspawn
 mount -t tmpfs -o mode=755,size=1m edgehold /run/systemd/nspawn

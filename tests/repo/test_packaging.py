@@ -20,10 +20,8 @@ PACKAGING = ROOT / "packaging"
 DEBIAN = PACKAGING / "debian"
 SUITES = ("bookworm", "trixie")
 DAEMONS = sorted(one.name for one in (ROOT / "daemons").iterdir() if (one / "__main__.py").exists())
-WHEEL = re.compile(
-    r"^(?P<name>[A-Za-z0-9_.-]+)==(?P<version>\S+) \\\n(?P<hashes>(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)",
-    re.MULTILINE,
-)
+HASHES = r"(?P<hashes>(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)"
+WHEEL = re.compile(r"^(?P<name>[A-Za-z0-9_.-]+)==(?P<version>\S+) \\\n" + HASHES, re.MULTILINE)
 MODULES = {"_cffi_backend": "cffi", "qemu": "qemu.qmp"}
 """Distributions whose module has another name."""
 ELSEWHERE = {"libvirt": "python3-libvirt"}
