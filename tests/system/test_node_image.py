@@ -126,7 +126,7 @@ def assert_all_active(vm: Vm) -> None:
         assert vm.run("systemctl", "is-active", name, check=False).output == "active\n", vm.run(
             "systemctl", "status", name, check=False
         ).output
-    assert vm.run("vmanctl", "status", check=False).status == 0
+    assert vm.run("vmanctl", "list", check=False).status == 0
 
 
 def node(vm: Vm) -> dict[str, object]:
