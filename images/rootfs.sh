@@ -58,7 +58,8 @@ mapfile -t wanted < <(printf '%s\n' "${wanted[@]}" | sort -u | sed '/^$/d')
 # One place a list of packages: those that are built in turn do not drop each other.
 out=${BUILD:-$here/../build}/.rootfs/$suite-$arch-$(printf '%s\n' "${wanted[@]}" | sha256sum | cut -c1-8)
 link=$out/base
-sources=("$here/rootfs.sh" "$here/apart.py" "$here/apt.sh" "$here/suite.sh")
+# Nothing else that is ours changes what is in the file.
+sources=("$here/rootfs.sh")
 results=(root.tar packages)
 tools=("mmdebstrap mmdebstrap" "arch-test arch-test" "python3 python3" "tar tar")
 own_apt
@@ -82,7 +83,7 @@ write_sources() {
 query() {
     local simulated hash
     write_sources || return 1
-    # Lists of yesterday are looked at again: what is built should have yesterday's repairs.
+    # Lists of the day before are looked at again: what is built should have today's repairs.
     if [[ -z $(find "$own/lists" -name '*_Packages*' -mmin -1440 -print -quit) && -z ${asked:-} ]]; then
         asked=1
         say "apt-get update ($suite, $arch)"
@@ -160,8 +161,11 @@ with_debs() { # OUT
 }
 
 cached_build
-# The next step has a scratch directory of its own; the one of the base went with its lock's other duties.
+# The second step has a scratch directory of its own, and nobody else's at its side.
 rm -rf "${work:-}"
+exec 9>"$out/.lock"
+flock 9
+rm -rf "$out"/.out.*
 work=$(mktemp -d "$out/.out.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 manifest=$work/manifest

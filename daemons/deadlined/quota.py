@@ -8,6 +8,7 @@ has it before each write: only what stands there as it was written is ever taken
 """
 
 import errno
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from edgehold.errors import BadRequestError, BadStateError, DeniedError, FailedE
 from edgehold.kernel import cgroup, procfs
 from edgehold.kernel.cgroup import Hierarchy
 from edgehold.kernel.procfs import GoneError
+
+log = logging.getLogger(__name__)
 
 # The kernel's bounds (max_cfs_quota_period and min_cfs_quota_period of kernel/sched/core.c); the last is a quota's too.
 PERIOD_MIN_NS, PERIOD_MAX_NS = NS_PER_MS, NS_PER_S
@@ -121,9 +124,17 @@ class Group:
         )
 
     def taken(self) -> bool:
-        """Whether somebody else has changed the limit since ours was set: for good. Raises as `sample`."""
-        if self._ours and not self._taken:
-            self._taken = self._read() != self._ours
+        """Whether somebody else has changed the limit since ours was set: for good. Raises as `sample`.
+
+        What stood there before ours is nobody's change: systemd writes it back at each daemon-reload, which every
+        installation of a package makes. Ours is then not in force (`budget_ns` is 0) until the next `set`.
+        """
+        if self._ours and not self._taken and (found := self._read()) != self._ours:
+            if found == self.row.original:
+                log.info("%s of cgroup %s was put back to %r; it is set again", self.row.file, self.path, found)
+                self._ours, self.budget_ns = "", 0
+            else:
+                self._taken = True
         return self._taken
 
     def plan(self, budget_ns: int) -> QuotaRow:
@@ -156,7 +167,7 @@ class Group:
     def restore(self) -> bool:
         """Write back what stood there, if what is there now is ours. Whether it did. Raises as `set`."""
         try:
-            ours = bool(self._ours) and not self.taken()
+            ours = not self.taken() and bool(self._ours)
             if ours:
                 cgroup.write_at(self._group, self.row.file, self.row.original)
         except GoneError:

@@ -106,9 +106,9 @@ def test_deadlined_alone_pulls_in_neither_machines_nor_brokers() -> None:
             if name in packages and name not in needed:
                 todo.append(name)
             needed.add(name)
-    debians = {one for one in needed if one not in packages and not one.startswith("$")}
-    assert debians == {"default-dbus-system-bus", "python3", "systemd"}
-    assert not any(re.search("qemu|libvirt|mosquitto", one) for one in debians)
+    others = {one for one in needed if one not in packages and not one.startswith("$")}
+    assert others == {"default-dbus-system-bus", "python3", "systemd"}
+    assert not any(re.search("qemu|libvirt|mosquitto", one) for one in others)
     assert not any("web3" in one["name"] for suite in SUITES for one in wheels(suite))
 
 

@@ -36,13 +36,19 @@ class Guest:
         return [one["state"] for one in threads] == ["held"]
 
 
+def none(machine: Machine) -> None:
+    """End whatever guests and partitions there are."""
+    for name, one in partitions(machine).items():
+        if one["state"] != "READY":
+            machine.run("vmanctl", "shutdown", name, "-force")
+        machine.run("vmanctl", "destroy", name)
+
+
 def working(machine: Machine) -> Guest:
     """The one that works, or a new one that has done its first job."""
     before = partitions(machine).get(NAME)
     if before is None or before["state"] != "DEPLOYED":
-        if before is not None:  # a reboot ended it
-            machine.run("vmanctl", "shutdown", NAME, "-force", check=False)
-            machine.run("vmanctl", "destroy", NAME)
+        none(machine)
         kernel, initrd = guest_image(ROOT, ARCH)
         machine.put({KERNEL: kernel, INITRD: initrd})
         share = ("-cores", "1", "-memsize", "0.125", "-mode", "shared", "-name", NAME)

@@ -39,7 +39,7 @@ def power_cut(host: Machine) -> str:
 
 @pytest.mark.parametrize("how", [Machine.reboot, power_cut])
 def test_what_comes_back(host: Machine, how: Callable[[Machine], str]) -> None:
-    """Definitions do, guests do not unless they are to; what has a lasting name is held again, the rest is forgotten."""
+    """Definitions; of guests those that are to; what deadlined held by a name that lasts, and nothing else."""
     lasting = attachments(host)
     assert {target["kind"] for target, _ in lasting.values()} == {"unit", "partition", "cgroup"}
     pid = host.main_pid(IDLE)
@@ -49,7 +49,8 @@ def test_what_comes_back(host: Machine, how: Callable[[Machine], str]) -> None:
     before = {name: fixed(one) for name, one in world.partitions(host).items()}
     described = host.run("virsh", "-c", world.URI, "desc", world.WEB).output
 
-    assert how(host) == "running"
+    state = how(host)
+    assert state == "running", host.run("systemctl", "--failed", check=False).output
     world.settled(host)
 
     after = world.partitions(host)

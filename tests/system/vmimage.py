@@ -43,7 +43,6 @@ After=systemd-remount-fs.service
 [Service]
 ExecStart=/usr/bin/python3 -I {_AGENT}
 Restart=on-failure
-OOMScoreAdjust=-1000
 """
     return {
         _AGENT: (Path(__file__).parent / "vmagent.py").read_bytes(),

@@ -166,6 +166,17 @@ def test_what_somebody_else_writes_is_noticed_although_nothing_changes_and_stays
     assert world.journal.quotas() == []
 
 
+def test_a_limit_outlives_a_daemon_reload(world: World) -> None:
+    world.attach(FIXED)
+    world.cycle(20)
+    limit = world.host.file.read_text()
+    world.host.file.write_text("max 100000")
+    world.cycle(20)
+    assert (world.host.file.read_text(), world.reason) == (limit, "")
+    [row] = world.journal.quotas()
+    assert (row.original, row.written) == ("max 100000", limit)
+
+
 def test_a_limit_can_be_changed(world: World) -> None:
     one = world.attach(FIXED)
     one.policy = Policy(actuator=Actuator.CPU_MAX, rule=Rule.FIXED, initial_budget_ns=150 * MS)

@@ -106,6 +106,22 @@ def test_the_least_quota_is_a_millisecond(group: Group, file: Path) -> None:
     assert file.read_text() == "1000 100000"
 
 
+def test_what_systemd_puts_back_is_set_again(group: Group, file: Path) -> None:
+    """A daemon-reload writes what the unit's files say, which is what stood there before ours."""
+    file.write_text("")
+    group.set(50 * MS)
+    file.write_text("max 100000")
+    assert not group.taken()
+    assert group.budget_ns == 0
+    assert group.plan(50 * MS).before == ""
+    file.write_text("")
+    assert group.set(50 * MS) == 50 * MS
+    assert file.read_text() == "50000 100000"
+    file.write_text("max 100000")
+    assert not group.restore()
+    assert file.read_text() == "max 100000"
+
+
 def test_what_somebody_else_has_written_stays(group: Group, file: Path) -> None:
     file.write_text("")
     group.set(50 * MS)
