@@ -27,7 +27,7 @@ APT_VM := $(APT_IMAGE) qemu-system-x86 qemu-system-arm ovmf qemu-efi-aarch64
 SOURCES := ext/build_kernel.py $(wildcard ext/*.c ext/*.h ext/uapi/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo experiment test test-unit test-integration test-install test-system test-vm deb deb-all deb-lint image lint fmt bench bench-peer bench-isolation bench-libvirt bench-deadline bench-safety bench-deadline-guest test-libvirt-trixie ext guest testkernel setup clean
+.PHONY: help demo experiment test test-unit test-integration test-install test-system test-vm deb deb-all deb-lint deb-twice image lint fmt bench bench-peer bench-isolation bench-libvirt bench-deadline bench-safety bench-deadline-guest test-libvirt-trixie ext guest testkernel setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -106,8 +106,11 @@ deb: setup build/.apt-deb ## Debian packages in build/deb/DIST/ARCH; DIST=bookwo
 deb-lint: build/.apt-deb build/.apt-image ## each suite's own lintian over the packages that are built
 	@for one in build/deb/*/; do packaging/lintian.sh "$$(basename "$$one")" || exit; done
 
+deb-twice: deb ## build them once more, elsewhere and under other circumstances: the same bytes?
+	@packaging/twice.sh $(DIST) $(ARCH)
+
 deb-all: ## the packages for both suites and architectures, and lintian over them
-	@for dist in bookworm trixie; do for arch in amd64 arm64; do \
+	@export SOURCE_DATE_EPOCH="$$(git log -1 --format=%ct)"; for dist in bookworm trixie; do for arch in amd64 arm64; do \
 	  $(MAKE) --no-print-directory deb DIST=$$dist ARCH=$$arch || exit; done; done
 	@$(MAKE) --no-print-directory deb-lint
 
