@@ -1,6 +1,6 @@
 """What the system tests share: for each Debian a machine with our packages, and empty ones.
 
-``EDGEHOLD_SUITES`` says which Debians (default: "bookworm trixie"), ``EDGEHOLD_DEBS`` where their packages are: a
+``EDGEHOLD_SUITES`` says which releases of Debian (default: "bookworm trixie"), ``EDGEHOLD_DEBS`` where their packages are: a
 directory with one for each suite, or with packages for all (default: what `make deb` built for this architecture).
 """
 
