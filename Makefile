@@ -53,7 +53,7 @@ test-install: deb-system-bookworm ## the packages on Debian 12 with systemd as P
 test-system: deb-system-bookworm deb-system-trixie ## the packages on Debian 12 and 13 with systemd as PID 1 (20 minutes); needs root
 	EDGEHOLD_REQUIRE=$${EDGEHOLD_REQUIRE-1} $(BIN)/python -m pytest tests/system -m 'not slow'
 
-test-vm: build/.apt-vm ## packages and node images in whole machines, amd64 and arm64, under emulation (an hour); needs root
+test-vm: setup guest testkernel build/.apt-vm ## packages and node images in whole machines, amd64 and arm64, under emulation (an hour); needs root
 	$(MAKE) deb ARCH=amd64 && $(MAKE) deb ARCH=arm64
 	$(MAKE) image ARCH=amd64 && $(MAKE) image ARCH=arm64
 	EDGEHOLD_REQUIRE=$${EDGEHOLD_REQUIRE-1} $(BIN)/python -m pytest tests/system -m slow

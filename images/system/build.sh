@@ -37,7 +37,7 @@ amd64) later=(qemu-system-x86) ;;
 arm64) later=(qemu-system-arm) ;;
 *) die "no packages for $arch" ;;
 esac
-later+=(qemu-utils libvirt-clients python3-libvirt adduser)
+later+=(qemu-utils libvirt-clients python3-libvirt python3-aiohttp adduser)
 own_apt
 
 query() {

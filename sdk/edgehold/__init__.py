@@ -8,6 +8,9 @@ import sys
 
 __version__ = "0.1.0"
 
+VENDOR = "/usr/lib/edgehold/vendor"
+"""Where Debian's package of the SDK has what it needs."""
+
 if __file__.startswith("/usr/lib/python3/"):
-    # Debian's package of the SDK has its own needs beside it; what the importing program brings comes first.
-    sys.path.append("/usr/lib/edgehold/vendor")
+    # Last: what the importing program brings comes first.
+    sys.path.append(VENDOR)

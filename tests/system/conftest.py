@@ -1,7 +1,8 @@
 """What the system tests share: for each Debian a machine with our packages, and empty ones.
 
-``EDGEHOLD_SUITES`` says which releases of Debian (default: "bookworm trixie"), ``EDGEHOLD_DEBS`` where their packages are: a
-directory with one for each suite, or with packages for all (default: what `make deb` built for this architecture).
+``EDGEHOLD_SUITES`` says which releases of Debian (default: "bookworm trixie"), ``EDGEHOLD_DEBS`` where their packages
+are: a directory with one for each suite, or with packages for all (default: what `make deb` built for this
+architecture).
 """
 
 import os

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import msgspec
 
+from edgehold import vendor
 from edgehold.clock import NS_PER_MS
 from edgehold.errors import DeniedError, EdgeholdError, UnavailableError, from_wire
 from edgehold.kernel.limits import DL_MAX_PERIOD_NS, DL_MIN_PERIOD_NS, DL_MIN_RUNTIME_NS
@@ -344,6 +345,7 @@ class DeadlinedClient:
         return msgspec.json.decode(await self._call("GET", "/v1/capacity"), type=Capacity)
 
     async def _call(self, method: str, path: str, *, body: bytes | None = None) -> bytes:
+        vendor.prepare("aiohttp")
         import aiohttp  # noqa: PLC0415 - costs 20 MB and a quarter of a second: only those who call pay
 
         if self._session is None:
