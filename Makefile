@@ -59,7 +59,7 @@ test-vm: setup guest testkernel build/.apt-vm ## packages and node images in who
 	EDGEHOLD_REQUIRE=$${EDGEHOLD_REQUIRE-1} $(BIN)/python -m pytest tests/system -m slow
 
 .PHONY: deb-system-bookworm deb-system-trixie
-deb-system-%: setup guest build/.apt-deb build/.apt-system
+deb-system-bookworm deb-system-trixie: deb-system-%: setup guest build/.apt-deb build/.apt-system
 	@packaging/build.sh $* $(OWN)
 	@images/system/build.sh $*
 

@@ -40,6 +40,9 @@ esac
 later+=(qemu-utils libvirt-clients python3-libvirt python3-aiohttp adduser)
 own_apt
 
+# Two hundred packages are no message.
+say() { printf '%s: %.100s\n' "$label" "$*"; }
+
 query() {
     local simulated
     write_sources || return 1
