@@ -104,6 +104,8 @@ set_up() {
     echo LANG=C.UTF-8 >"$tree/etc/default/locale"
     ln -sfn ../run/systemd/resolve/stub-resolv.conf "$tree/etc/resolv.conf"
     [[ -z ${NODE_MIRROR:-} ]] || sed -i -E "s#(https?|ftp)://[^ ]+#$NODE_MIRROR#" "$sources"
+    # Not the links of System V, which are made by a program of the node's.
+    export SYSTEMCTL_SKIP_SYSV=1
     systemctl --root="$tree" -q enable systemd-networkd.service systemd-resolved.service systemd-timesyncd.service \
         ssh.service edgehold-firstboot.service
     # Nothing here waits for the network, and a node may have none. e2scrub is for volumes of LVM.
@@ -131,11 +133,12 @@ set_kernel() {
 # The partition's files, as `bootctl install` and kernel-install would have them: both go on from here when they upgrade.
 fill_esp() {
     local loader=$tree/usr/lib/systemd/boot/efi/systemd-boot$efi.efi entry
+    [[ -f $loader ]] || loader+=.signed # trixie has that one alone
     esp=$work/esp
     entry=$esp/loader/entries/edgehold-$kernel_release.conf
     mkdir -p "$esp"/{EFI/{BOOT,Linux,systemd},loader/entries,"edgehold/$kernel_release"}
     cp "$loader" "$esp/EFI/BOOT/BOOT${efi^^}.EFI"
-    cp "$loader" "$esp/EFI/systemd/"
+    cp "$loader" "$esp/EFI/systemd/systemd-boot$efi.efi"
     cp "$tree/boot/vmlinuz-$kernel_release" "$esp/edgehold/$kernel_release/linux"
     cp "$tree/boot/initrd.img-$kernel_release" "$esp/edgehold/$kernel_release/"
     printf '%s\n' "timeout 3" >"$esp/loader/loader.conf"
