@@ -45,7 +45,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def host(house: Machine) -> Iterator[Machine]:
-    """With a partition to be found, a program, and two users, one of them in the group that operates vmand."""
+    """With a partition to be found, among those of other tests, a program, and two users; one may operate vmand."""
     house.put({_PROGRAM: _TEXT})
     house.sh(f"""
         chmod 755 {OWN}
@@ -71,13 +71,13 @@ def test_one_line(host: Machine) -> None:
         "print(asyncio.run(names()))"
     )
     for options in ((), ("-I",)):
-        assert host.run(PYTHON, *options, "-c", line).output == "['found']\n"
+        assert "'found'" in host.run(PYTHON, *options, "-c", line).output
 
 
 def test_root(host: Machine) -> None:
     """Both daemons answer, with the libraries that came with the package."""
     found = asked(host)
-    assert (found["partitions"], type(found["capacity"])) == (["found"], int), found
+    assert ("found" in found["partitions"], type(found["capacity"])) == (True, int), found
     files = found["files"]
     assert files.pop("edgehold") == "/usr/lib/python3/dist-packages/edgehold/__init__.py"
     assert all(one.startswith(VENDOR) for one in files.values()), files
@@ -86,7 +86,7 @@ def test_root(host: Machine) -> None:
 def test_users(host: Machine) -> None:
     """By groups; a refusal says what to do."""
     member, stranger = asked(host, user=MEMBER), asked(host, user=STRANGER)
-    assert member["partitions"] == ["found"]
+    assert "found" in member["partitions"]
     for refused in (member["capacity"], stranger["partitions"], stranger["capacity"]):
         assert "group" in refused["message"], refused
         assert refused["code"] in ("denied", "unavailable"), refused
@@ -98,7 +98,7 @@ def test_a_library_of_the_program(host: Machine) -> None:
     found = asked(host)
     assert found["files"]["msgspec"] == f"{OWN}/msgspec/__init__.py"
     assert found["files"]["aiohttp"].startswith(VENDOR)
-    assert (found["partitions"], type(found["capacity"])) == (["found"], int), found
+    assert ("found" in found["partitions"], type(found["capacity"])) == (True, int), found
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_debians_libraries(host: Machine, package: str, whose: str) -> None:
     host.install(package)
     try:
         found = asked(host)
-        assert (found["partitions"], type(found["capacity"])) == (["found"], int), found
+        assert ("found" in found["partitions"], type(found["capacity"])) == (True, int), found
         assert found["files"]["aiohttp"].startswith(whose), found
         host.run("systemctl", "restart", "deadlined")
         assert host.run("deadlinectl", "list").status == 0
