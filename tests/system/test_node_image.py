@@ -87,13 +87,14 @@ def image(request: pytest.FixtureRequest) -> Image:
 
 
 @pytest.fixture(scope="module")
-def disk(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def disk(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A copy that answers the tests."""
     need_command(*EMULATORS[image.arch])
     copy = tmp_path_factory.mktemp(image.arch) / "disk.img"
     subprocess.run(["cp", "--sparse=always", image.directory / "disk.img", copy], check=True, timeout=300)
     add_agent(copy, offset=image.root)
-    return copy
+    yield copy
+    copy.unlink()  # a gigabyte, which pytest would keep
 
 
 def test_a_node_makes_for_itself_what_only_one_may_have(image: Image) -> None:
