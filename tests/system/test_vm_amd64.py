@@ -294,5 +294,6 @@ def test_a_firmwares_partitions_are_driven(vm: Vm, tmp_path: Path) -> None:
         vm.run("systemctl", "stop", "vmand")
         vm.run("rmmod", "vmanager_model")
         vm.run("systemctl", "start", "vmand", timeout_s=PATIENCE_S)
-    said = vm.shell("dmesg | grep -E 'BUG|WARNING|Oops|Call Trace'", check=False)
+    # Not "Call Trace": the kernel prints one for each process that a memory limit ended, as tests before did.
+    said = vm.shell("dmesg | grep -E 'BUG|WARNING|Oops'", check=False)
     assert said.output == ""
